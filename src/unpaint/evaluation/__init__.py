@@ -1,0 +1,1 @@
+"""From pictures to numbers: suite (plan, paint, score), pictures (the store), stats, detectors, metrics, grid."""

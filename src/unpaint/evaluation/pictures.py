@@ -1,0 +1,144 @@
+"""Painted pictures and what was read from them, kept on disk batch by batch.
+
+A batch is the unit of painting, resuming and sharding: the same prompts and seeds always run through the network
+together, so neither a resumed run nor the number of ranks changes a bit of a picture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from unpaint.concepts import Case
+
+if TYPE_CHECKING:
+    from unpaint.model import TextToImage
+    from unpaint.sampling import Sampler
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Cases that are painted together. `name` is a hash of prompts, seeds, sampler and batch size."""
+
+    cases: tuple[Case, ...]
+    name: str
+
+    @property
+    def prompts(self) -> list[str]:
+        return [case.prompt for case in self.cases]
+
+    @property
+    def seeds(self) -> list[int]:
+        return [case.seed for case in self.cases]
+
+
+def batches_of(cases: Sequence[Case], size: int, sampler: Sampler) -> list[Batch]:
+    """Cut cases into batches of at most `size`, none of which spans two groups.
+
+    A batch's name depends on nothing outside it, so concepts that ask for the same label share its batches.
+    """
+    batches = []
+    groups: dict[str, list[Case]] = {}
+    for case in cases:
+        groups.setdefault(case.group, []).append(case)
+    for members in groups.values():
+        for start in range(0, len(members), size):
+            some = tuple(members[start : start + size])
+            content = [[case.prompt for case in some], [case.seed for case in some], asdict(sampler), size]
+            text = json.dumps(content, sort_keys=True)
+            batches.append(Batch(some, hashlib.sha256(text.encode()).hexdigest()[:16]))
+    return batches
+
+
+def picture_key(model: TextToImage, edit: str | None = None) -> str:
+    """The store's key for what this model paints, unedited or with the edit of that id.
+
+    Scheduler, device and dtype count: a picture painted on a GPU must not stand in for the CPU's.
+    """
+    scheduler = {name: str(value) for name, value in model.scheduler_config.items() if not name.startswith("_")}
+    content = [model.fingerprint, scheduler, model.device.type, str(model.dtype)]
+    base = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+    return base if edit is None else f"{base}-{edit}"
+
+
+class PictureStore:
+    """Files under `folder`: `pictures/<key>/<batch>.safetensors` and `readings/<key>/<reader>/<batch>.safetensors`.
+
+    A key names the weights that painted, see `picture_key`. Several processes may
+    write at once; a reader sees a whole file or none.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def pictures(self, key: str, batch: Batch) -> Tensor | None:
+        """The batch's pictures, uint8 (n, 3, H, W); None if not painted yet or damaged."""
+        found = read_tensor(self._picture_file(key, batch))
+        return found if found is not None and len(found) == len(batch.cases) else None
+
+    def keep_pictures(self, key: str, batch: Batch, pictures: Tensor) -> None:
+        write_tensor(self._picture_file(key, batch), pictures)
+
+    def reading(self, key: str, reader: str, batch: Batch) -> Tensor | None:
+        """What a reader (a detector, a CLIP) said of the batch's pictures, (n, ...); None if not there or damaged."""
+        found = read_tensor(self._reading_file(key, reader, batch))
+        return found if found is not None and len(found) == len(batch.cases) else None
+
+    def keep_reading(self, key: str, reader: str, batch: Batch, reading: Tensor) -> None:
+        write_tensor(self._reading_file(key, reader, batch), reading)
+
+    def _picture_file(self, key: str, batch: Batch) -> Path:
+        return self.folder / "pictures" / key / f"{batch.name}.safetensors"
+
+    def _reading_file(self, key: str, reader: str, batch: Batch) -> Path:
+        return self.folder / "readings" / key / reader / f"{batch.name}.safetensors"
+
+
+def write_tensor(path: Path, tensor: Tensor) -> None:
+    """Write one tensor with its checksum, beside and then over `path`."""
+    tensor = tensor.detach().cpu().contiguous()
+    data = save({"tensor": tensor}, metadata={"sha256": _sha256(tensor)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_bytes(data)
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def read_tensor(path: Path) -> Tensor | None:
+    """The tensor that `write_tensor` wrote; None when the file is missing, cut short or altered."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensor = file.get_tensor("tensor")
+            checksum = (file.metadata() or {}).get("sha256")
+    except (SafetensorError, FileNotFoundError):
+        return None
+    return tensor if checksum == _sha256(tensor) else None
+
+
+def _sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+
+
+def folder_identity(folder: Path) -> str:
+    """12 hex digits over names and contents of the files of a model folder that can change its answers."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*")):
+        if file.suffix in (".json", ".safetensors", ".txt"):
+            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]

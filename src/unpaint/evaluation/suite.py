@@ -1,0 +1,162 @@
+"""Evaluator: which pictures to paint, and what they say. Knows nothing of Lightning, ranks or run folders.
+
+A rank paints `missing(...)[rank::world]` batch by batch (`paint`, and `read` if it likes); then `score` turns what is
+on disk into numbers, one batch in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from unpaint.concepts import Concept
+from unpaint.errors import UserError, nearest
+from unpaint.evaluation.detectors import Detector
+from unpaint.evaluation.grid import grid
+from unpaint.evaluation.metrics import Metric, asked
+from unpaint.evaluation.pictures import Batch, PictureStore, batches_of
+
+if TYPE_CHECKING:
+    from unpaint.model import TextToImage
+    from unpaint.sampling import Sampler
+
+
+class Evaluator:
+    """Metrics that share a detector, a sampler and the pictures.
+
+    metrics: any name -> Metric; the order is the record's. Raises UserError on two metrics of one name.
+    """
+
+    def __init__(
+        self, metrics: Mapping[str, Metric], detector: Detector, sampler: Sampler, batch_size: int = 16
+    ) -> None:
+        self.metrics = list(metrics.values())
+        self.detector = detector
+        self.sampler = sampler
+        self.batch_size = batch_size
+        names = [metric.name for metric in self.metrics]
+        if not names:
+            raise UserError("the evaluator has no metrics; give it one, e.g. +metric@evaluator.metrics.ua=ua")
+        if len(set(names)) < len(names):
+            raise UserError(f"two metrics of the evaluator are called '{max(names, key=names.count)}'")
+        if batch_size < 1:
+            raise UserError(f"evaluator.batch_size is at least 1, not {batch_size}")
+
+    def plan(self, concept: Concept, seed: int) -> list[Batch]:
+        """The batches to paint, a pure function of concept, seed and sampler. The same for edited and unedited.
+
+        Raises UserError when the detector does not know a label that a metric counts.
+        """
+        cases = concept.cases(seed)
+        roles = {role for metric in self.metrics if metric.reader is None for role in metric.roles}
+        known = list(self.detector.labels)
+        for _, label in asked(cases, tuple(roles)):
+            if label not in known:
+                hint = nearest(label, known)
+                raise UserError(f"concept '{concept.name}': detector {self.detector.identity} lacks '{label}'{hint}")
+        return batches_of(cases, self.batch_size, self.sampler)
+
+    def missing(self, store: PictureStore, key: str, batches: Iterable[Batch]) -> list[Batch]:
+        """Those whose pictures are not in the store, or not intact."""
+        return [batch for batch in batches if store.pictures(key, batch) is None]
+
+    def paint(self, model: TextToImage, store: PictureStore, key: str, batch: Batch) -> None:
+        """Paint one batch with the model as it is now, and keep it."""
+        from unpaint.sampling import paint
+
+        # One call a batch, padded there: the pictures do not depend on what else is painted.
+        pictures = list(paint(model, batch.prompts, batch.seeds, self.sampler, self.batch_size))
+        store.keep_pictures(key, batch, torch.cat(pictures))
+
+    def read(
+        self, store: PictureStore, key: str, batch: Batch, device: str | torch.device = "cpu"
+    ) -> list[NDArray[Any] | None]:
+        """What each metric's reader says of the batch, from the store or by looking at the stored pictures.
+
+        One array (n, ...) a metric, in order; None for a metric that no case of the batch concerns. Raises UserError
+        if the pictures are not there.
+        """
+        pictures: Tensor | None = None
+        found: dict[str, Tensor] = {}
+        readings: list[NDArray[Any] | None] = []
+        for metric in self.metrics:
+            if not asked(batch.cases, metric.roles):
+                readings.append(None)
+                continue
+            name = (metric.reader or self.detector).identity
+            if name not in found:
+                kept = store.reading(key, name, batch)
+                if kept is None:
+                    pictures = self._pictures(store, key, batch).to(device) if pictures is None else pictures
+                    kept = self._look(metric, pictures, batch).float().cpu()
+                    store.keep_reading(key, name, batch, kept)
+                found[name] = kept
+            readings.append(found[name].numpy())
+        return readings
+
+    def _look(self, metric: Metric, pictures: Tensor, batch: Batch) -> Tensor:
+        # The batch is filled up: as with painting, the last bits may depend on how many rows run together.
+        count = len(pictures)
+        rows = [min(row, count - 1) for row in range(self.batch_size)]
+        if metric.reader is None:
+            return self.detector(pictures[rows].float() / 255)[:count]
+        return metric.reader.read(pictures[rows], [batch.prompts[row] for row in rows])[:count]
+
+    def _pictures(self, store: PictureStore, key: str, batch: Batch) -> Tensor:
+        pictures = store.pictures(key, batch)
+        if pictures is None:
+            raise UserError(
+                f"the pictures of '{batch.cases[0].prompt}' (and {len(batch.cases) - 1} more) are missing or damaged "
+                f"in {store.folder}; the same command again paints them"
+            )
+        return pictures
+
+    def score(
+        self,
+        store: PictureStore,
+        edited: str,
+        base: str,
+        batches: Sequence[Batch],
+        device: str | torch.device = "cpu",
+    ) -> dict[str, dict[str, Any]]:
+        """Metric name -> what the record holds of it, from the stored pictures of both models.
+
+        Keys: value, low, high, n, base, base_low, base_high, delta, delta_low, delta_high (edited - base, paired by
+        prompt and seed), higher_is_better, unit, title, detector. A metric that nothing in the batches concerns (a
+        concept without neighbours) is left out.
+        """
+        parts: dict[str, list[list[NDArray[np.float64]]]] = {metric.name: [[], []] for metric in self.metrics}
+        for batch in batches:
+            for side, key in enumerate((edited, base)):
+                for metric, reading in zip(self.metrics, self.read(store, key, batch, device), strict=True):
+                    if reading is not None:
+                        parts[metric.name][side].append(metric.part(batch.cases, reading, self.detector))
+        return {
+            metric.name: {
+                **metric.finish(*parts[metric.name]),
+                "higher_is_better": metric.higher_is_better,
+                "unit": metric.unit,
+                "title": metric.title,
+                "detector": (metric.reader or self.detector).identity,
+            }
+            for metric in self.metrics
+            if parts[metric.name][0]
+        }
+
+    def grid(
+        self, store: PictureStore, edited: str, base: str, batches: Sequence[Batch], concept: Concept, path: Path
+    ) -> Path:
+        """Write a before/after picture of what was painted; see `grid.grid`."""
+        shown = []
+        seen: set[str] = set()
+        for batch in batches:
+            if batch.cases[0].group not in seen:
+                seen.add(batch.cases[0].group)
+                shown.append((batch, self._pictures(store, base, batch), self._pictures(store, edited, batch)))
+        return grid(shown, concept, path)

@@ -1,0 +1,69 @@
+"""What a method is: hyper-parameters, the weights it may change, the data of each step, and one step.
+
+A method is a plain class; nothing is inherited. `Method` below is the interface that `unpaint.training` drives, so
+that a trained method, a closed form and a statistical one are resumed, logged and distributed by the same code.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from unpaint.concepts import Concept
+from unpaint.edit import Edit
+from unpaint.model import TextToImage
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a method gets to work with.
+
+    `weights`: the parameters of the method's group, trainable, in float32; `base`: their tensors before the first step,
+    for `model.predict(..., weights=base)`: the frozen teacher, without a second network. `config` is for the edit's
+    header. `cache` is a folder that runs share; what a method keeps there is keyed by all it depends on. `mine` is this
+    rank's share of a global batch of rows. `update(loss, i=0)` clears the gradients of optimiser i, back-propagates
+    `loss` (gradients are averaged over ranks) and steps. `progress(text, total)` opens a bar, returns its advance
+    function.
+    """
+
+    model: TextToImage
+    concept: Concept
+    seed: int
+    weights: dict[str, nn.Parameter]
+    base: dict[str, Tensor]
+    config: dict[str, Any]
+    cache: Path
+    mine: slice
+    update: Callable[..., None]
+    progress: Callable[[str, int], Callable[[int], None]]
+
+
+class Method(Protocol):
+    """The interface. `group` names the weights it may change, see `TextToImage.group`. Steps run from 0 to `steps` - 1;
+    `batches(start)` yields the data of steps start, start + 1, ... as a pure function of seed and step, so that a
+    resumed run sees what an uninterrupted one does."""
+
+    name: str
+    group: str
+    steps: int
+
+    def check(self, concept: Concept) -> None:
+        """Raises UserError for a concept that the method cannot handle, before anything is loaded."""
+
+    def begin(self, job: Job) -> None:
+        """Remembers the job and makes or loads what all steps share. Rank 0 goes first, the others find its cache."""
+
+    def optimizers(self) -> list[Optimizer]:
+        """One or more optimisers over `job.weights` (and a method's own networks)."""
+
+    def batches(self, start: int) -> Iterator[Any]:
+        """The data of each step from `start` on."""
+
+    def step(self, batch: Any) -> dict[str, Tensor]:
+        """One step; returns what is worth logging, as scalars."""
+
+    def finish(self) -> Edit:
+        """The edit, after the last step."""

@@ -1,0 +1,240 @@
+"""Builds Picturebook from nothing, stage by stage: drawings, autoencoder, detector, CLIP, latents, denoiser, export.
+
+Every stage continues where it was killed. The data are a pure function of stage and step, so a stage that was
+interrupted sees the same batches as one that was not.
+"""
+
+import hashlib
+import json
+import os
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from rich.progress import track
+from torch import Tensor
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, ResNetForImageClassification
+
+from unpaint.picturebook import parts, tokenizer
+from unpaint.picturebook.data import SPLITS, Pictures, draw_split
+from unpaint.picturebook.fit import fit
+from unpaint.picturebook.thresholds import calibrated
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long each part is trained; the shipped weights' own values are in their provenance.json."""
+
+    work: Path
+    device: torch.device
+    autoencoder_steps: int = 1800
+    detector_steps: int = 1600
+    clip_steps: int = 1200
+    denoiser_steps: int = 9000
+    seed: int = 0
+
+    @property
+    def drawings(self) -> Path:
+        return self.work / "drawings"
+
+
+def build(plan: Plan, until: str = "export") -> None:
+    """Runs all stages up to and including `until`."""
+    plan.work.mkdir(parents=True, exist_ok=True)
+    for name, stage in STAGES.items():
+        stage(plan)
+        if name == until:
+            return
+
+
+def stage_drawings(plan: Plan) -> None:
+    for split in SPLITS:
+        draw_split(split, plan.drawings, os.cpu_count() or 1)
+    tokenizer.build(plan.work / "tokenizer")
+
+
+def stage_autoencoder(plan: Plan) -> None:
+    load_autoencoder(plan, train=True)
+
+
+def load_autoencoder(plan: Plan, train: bool = False) -> AutoencoderKL:
+    torch.manual_seed(plan.seed)
+    vae = parts.new_autoencoder().to(plan.device, memory_format=torch.channels_last)
+    pictures = Pictures("world", plan.drawings) if train else None
+
+    def loss_of(step: int) -> dict[str, Tensor]:
+        assert pictures is not None
+        x = parts.as_input(pictures.take(parts.picks("autoencoder", step, 16, pictures.count)), plan.device)
+        return parts.autoencoder_losses(vae, x, step)
+
+    steps = plan.autoencoder_steps
+    fit(vae, loss_of, file=plan.work / "autoencoder.pt", steps=steps, lr=1.5e-3, average=0.99, cooldown=0.5)
+    return vae.requires_grad_(False)
+
+
+def stage_detector(plan: Plan) -> None:
+    load_detector(plan, train=True)
+
+
+def load_detector(plan: Plan, train: bool = False) -> ResNetForImageClassification:
+    torch.manual_seed(plan.seed + 1)
+    detector = parts.new_detector().to(plan.device)
+    vae = load_autoencoder(plan) if train else None
+    data = parts.Batches("world", plan.drawings) if train else None
+
+    def loss_of(step: int) -> dict[str, Tensor]:
+        assert data is not None and vae is not None
+        indices = parts.picks("detector", step, 64, data.pictures.count)
+        x = parts.as_input(data.pictures.take(indices), plan.device)
+        right = parts.answers([data.scenes[i] for i in indices])
+        x, right = parts.spoil(x, right, step, vae)
+        return parts.detector_losses(detector(x).logits, right.to(plan.device))
+
+    steps = plan.detector_steps
+    fit(detector, loss_of, file=plan.work / "detector.pt", steps=steps, lr=2e-3, cooldown=0.5)
+    return detector.requires_grad_(False)
+
+
+def stage_clip(plan: Plan) -> None:
+    load_clip(plan, train=True)
+
+
+def load_clip(plan: Plan, train: bool = False) -> CLIPModel:
+    torch.manual_seed(plan.seed + 2)
+    tokens = CLIPTokenizer.from_pretrained(plan.work / "tokenizer")
+    clip = parts.Clip(parts.new_clip(tokens)).to(plan.device)
+    data = parts.Batches("world", plan.drawings) if train else None
+
+    def loss_of(step: int) -> dict[str, Tensor]:
+        assert data is not None
+        indices = parts.picks("clip", step, 96, data.pictures.count)
+        x = parts.as_input(data.pictures.take(indices), plan.device)
+        ids = tokenize(tokens, data.captions(indices, step)).to(plan.device)
+        right = parts.answers([data.scenes[i] for i in indices]).to(plan.device)
+        return clip.losses(x, ids, right)
+
+    steps = plan.clip_steps
+    fit(clip, loss_of, file=plan.work / "clip.pt", steps=steps, lr=1e-3, weight_decay=0.05, cooldown=0.5)
+    return clip.model.requires_grad_(False)
+
+
+def tokenize(tokens: CLIPTokenizer, text: list[str]) -> Tensor:
+    """Token ids (n, 24)."""
+    return tokens(text, padding="max_length", truncation=True, max_length=24, return_tensors="pt").input_ids
+
+
+def stage_latents(plan: Plan) -> None:
+    """Latent means of all drawings for the denoiser, float16 (n, 8, 16, 16), and their overall scale."""
+    file = plan.work / "latents.npy"
+    if file.exists():
+        return
+    vae = load_autoencoder(plan)
+    pictures = Pictures("painted", plan.drawings)
+    latents = np.empty((pictures.count, parts.LATENT_CHANNELS, parts.LATENT_SIZE, parts.LATENT_SIZE), dtype=np.float16)
+    with torch.inference_mode():
+        for i in track(range(0, pictures.count, 100), "encoding"):
+            x = parts.as_input(pictures.take(np.arange(i, i + 100)), plan.device)
+            latents[i : i + 100] = vae.encode(x).latent_dist.mean.half().cpu().numpy()
+    beside = plan.work / "latents.tmp.npy"
+    np.save(beside, latents)
+    os.replace(beside, file)
+
+
+def scale_of(latents: np.ndarray) -> float:
+    """Stable Diffusion's scaling factor: one over the latents' standard deviation."""
+    return round(1 / float(latents[:4000].astype(np.float32).std()), 5)
+
+
+def stage_denoiser(plan: Plan) -> None:
+    load_denoiser(plan, train=True)
+
+
+def load_denoiser(plan: Plan, train: bool = False) -> UNet2DConditionModel:
+    torch.manual_seed(plan.seed + 3)
+    unet = parts.new_denoiser().to(plan.device)
+    if train:
+        latents = np.load(plan.work / "latents.npy")
+        scale = scale_of(latents)
+        data = parts.Batches("painted", plan.drawings)
+        tokens = CLIPTokenizer.from_pretrained(plan.work / "tokenizer")
+        encoder = load_clip(plan).text_model
+        abar = parts.new_scheduler().alphas_cumprod.to(plan.device)
+    count = SPLITS["painted"][0]
+
+    def loss_of(step: int) -> dict[str, Tensor]:
+        indices = parts.picks("denoiser", step, 64, count)
+        z = torch.from_numpy(latents[indices]).to(plan.device).float() * scale
+        text = data.captions(indices, step)
+        for row in range(0, len(text), 10):
+            text[row] = ""
+        with torch.no_grad():
+            states = encoder(tokenize(tokens, text).to(plan.device)).last_hidden_state
+        return parts.denoiser_loss(unet, z, states, abar, step)
+
+    steps = plan.denoiser_steps
+    fit(unet, loss_of, file=plan.work / "denoiser.pt", steps=steps, lr=1.2e-3, average=0.999, cooldown=0.3)
+    return unet.requires_grad_(False)
+
+
+def stage_export(plan: Plan) -> None:
+    """Writes the pipeline folder, CLIP and detector in float16, and the provenance of all of it."""
+    tokens = CLIPTokenizer.from_pretrained(plan.work / "tokenizer")
+    clip, detector, vae = load_clip(plan), load_detector(plan), load_autoencoder(plan)
+    vae.register_to_config(scaling_factor=scale_of(np.load(plan.work / "latents.npy", mmap_mode="r")))
+    encoder = CLIPTextModel(clip.config.text_config)
+    encoder.load_state_dict(text_tower(clip))
+    pipe = StableDiffusionPipeline(
+        vae=vae.half(),
+        text_encoder=encoder.half(),
+        tokenizer=tokens,
+        unet=load_denoiser(plan).half(),
+        scheduler=parts.new_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    detector.config.thresholds = calibrated(detector, Pictures("held_out", plan.drawings))
+    pipe.save_pretrained(WEIGHTS, safe_serialization=True)
+    clip.half().save_pretrained(WEIGHTS / "clip")
+    tokens.save_pretrained(WEIGHTS / "clip")
+    detector.half().save_pretrained(WEIGHTS / "detector")
+    write_provenance(plan)
+
+
+def text_tower(clip: CLIPModel) -> dict[str, Tensor]:
+    """Weights of CLIP's text tower under the names of a stand-alone `CLIPTextModel`."""
+    return clip.text_model.state_dict()
+
+
+def write_provenance(plan: Plan) -> None:
+    files = sorted(p for p in WEIGHTS.rglob("*") if p.is_file() and p.name not in ("provenance.json", "README.md"))
+    drawn = hashlib.sha256()
+    for file in sorted(plan.drawings.glob("held_out-*.npy")):
+        drawn.update(file.read_bytes())
+    steps = {k: v for k, v in vars(plan).items() if k.endswith("steps")}
+    provenance = {
+        "made": time.strftime("%Y-%m-%d"),
+        "seed": plan.seed,
+        "steps": steps,
+        "data": {"splits": {k: v[0] for k, v in SPLITS.items()}, "held_out_sha256": drawn.hexdigest()},
+        "packages": {name: version(name) for name in ("torch", "diffusers", "transformers")},
+        "files": {str(p.relative_to(WEIGHTS)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files},
+    }
+    (WEIGHTS / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
+
+
+STAGES = {
+    "drawings": stage_drawings,
+    "autoencoder": stage_autoencoder,
+    "detector": stage_detector,
+    "clip": stage_clip,
+    "latents": stage_latents,
+    "denoiser": stage_denoiser,
+    "export": stage_export,
+}

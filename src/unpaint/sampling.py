@@ -1,0 +1,349 @@
+"""The one place that paints and partially denoises; every result is a function of its arguments alone.
+
+DDIM (Song et al. 2021, arXiv 2010.02502) with classifier-free guidance, as `StableDiffusionPipeline` does it.
+Convolutions round differently for different batch sizes, so the unit of painting is a fixed batch, padded if need be.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from unpaint.errors import UserError, nearest
+from unpaint.model import TextToImage
+
+NAMESPACES = ("bank", "fresh", "tune", "score", "probe", "attack")
+Progress = Callable[[int], None]
+
+
+def seed_of(namespace: str, seed: int, *index: int) -> int:
+    """A seed below 2**32, the same on every machine, for one picture of one purpose.
+
+    The lowest three bits tell the namespace, so that no two namespaces ever share a latent, whatever the rest hashes
+    to. (A CPU generator of PyTorch uses 32 bits of its seed.) Raises ValueError on an unknown namespace.
+    """
+    if namespace not in NAMESPACES:
+        raise ValueError(
+            f"unknown seed namespace {namespace!r}, there are {NAMESPACES}{nearest(namespace, NAMESPACES)}"
+        )
+    digest = hashlib.sha256("/".join(map(str, (namespace, seed, *index))).encode()).digest()
+    return (int.from_bytes(digest[:4], "big") & ~7) | NAMESPACES.index(namespace)
+
+
+def noise(
+    seeds: Sequence[int],
+    shape: Sequence[int],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Standard normal latents (len(seeds), *shape), one CPU generator a picture, as diffusers draws them."""
+    return _draw(_generators(seeds), shape, device, dtype)
+
+
+def _generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def _draw(
+    generators: Sequence[torch.Generator], shape: Sequence[int], device: torch.device | str, dtype: torch.dtype
+) -> Tensor:
+    return torch.stack([torch.randn(tuple(shape), generator=g, dtype=dtype) for g in generators]).to(device)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """DDIM with `steps` steps; `guidance` 1 means none, and half the work; `eta` 0 is deterministic, 1 like DDPM."""
+
+    steps: int = 25
+    guidance: float = 4.0
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise UserError(f"the sampler needs at least 1 step, not {self.steps}")
+        if self.guidance < 1:
+            raise UserError(f"guidance is at least 1 (1 is no guidance), not {self.guidance}")
+        if not 0 <= self.eta <= 1:
+            raise UserError(f"eta is between 0 and 1, not {self.eta}")
+
+    def timesteps(self, model: TextToImage) -> Tensor:
+        """The grid (steps,), int64, on the model's device, from noisy to clean."""
+        return _DDIM(model, self).timesteps
+
+
+class _DDIM:
+    """One run's scheduler: diffusers' DDIM on the grid of `sampler`, guided."""
+
+    def __init__(self, model: TextToImage, sampler: Sampler) -> None:
+        from diffusers import DDIMScheduler
+
+        self.scheduler = DDIMScheduler.from_config(model.scheduler_config)
+        most = self.scheduler.config.num_train_timesteps
+        if sampler.steps > most:
+            raise UserError(f"model '{model.name}' has {most} noise levels, the sampler asks for {sampler.steps} steps")
+        self.scheduler.set_timesteps(sampler.steps)
+        self.numbers: list[int] = self.scheduler.timesteps.tolist()
+        self.timesteps: Tensor = self.scheduler.timesteps.to(model.device)
+        self.model = model
+        self.sampler = sampler
+
+    def condition(self, text: Tensor, unconditional: Tensor) -> Tensor:
+        """What the UNet attends to: (2B, L, D), unconditional first, or the text alone without guidance."""
+        if self.sampler.guidance == 1:
+            return text
+        return torch.cat([unconditional.expand_as(text), text])
+
+    def step(
+        self,
+        i: int,
+        latents: Tensor,
+        condition: Tensor,
+        generators: Sequence[torch.Generator],
+        weights: Mapping[str, Tensor] | None,
+    ) -> Tensor:
+        """Latents (B, C, h, w) at step i -> at step i + 1. The scheduler takes the UNet's own output, epsilon or v."""
+        guidance = self.sampler.guidance
+        if guidance == 1:
+            output = self.model.output(latents, self.timesteps[i], condition, weights)
+        else:
+            both = self.model.output(torch.cat([latents, latents]), self.timesteps[i], condition, weights)
+            without, with_text = both.chunk(2)
+            output = without + guidance * (with_text - without)
+        fresh = None
+        if self.sampler.eta > 0:
+            fresh = _draw(generators, latents.shape[1:], latents.device, output.dtype)
+        result = self.scheduler.step(
+            output, self.numbers[i], latents, eta=self.sampler.eta, variance_noise=fresh, return_dict=False
+        )
+        return result[0]
+
+
+def paint(
+    model: TextToImage,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    sampler: Sampler,
+    batch_size: int = 16,
+    negative: str = "",
+    weights: Mapping[str, Tensor] | None = None,
+    progress: Progress | None = None,
+) -> Iterator[Tensor]:
+    """Paint `prompts[i]` with `seeds[i]`; yields uint8 pictures (n, 3, H, W) on the CPU, batch by batch.
+
+    Every batch runs with exactly `batch_size` rows, the last one filled up by repeating its last picture and yielded
+    without the filling: a picture's bits do not depend on how many others are asked for, so ask for any slice that
+    starts at a multiple of `batch_size` to resume or to share work. The pictures are those of `model.pipe(prompt,
+    generator=torch.Generator("cpu").manual_seed(seed))` with a DDIM scheduler, rounding included. `weights` as in
+    `TextToImage.predict`. `progress` is called after each batch with the number of pictures it brought.
+    """
+    if isinstance(prompts, str) or len(prompts) != len(seeds):
+        raise ValueError(f"one seed a prompt, please: {len(prompts)} prompts, {len(seeds)} seeds")
+    if batch_size < 1:
+        raise UserError(f"batch_size is at least 1, not {batch_size}")
+    run = _DDIM(model, sampler)
+
+    def batches() -> Iterator[Tensor]:
+        # Not inference_mode around the yields: the caller's code would run in it, too.
+        for first in range(0, len(prompts), batch_size):
+            count = min(batch_size, len(prompts) - first)
+            rows = [first + min(row, count - 1) for row in range(batch_size)]
+            text = model.encode([prompts[row] for row in rows])
+            with torch.inference_mode():
+                condition = run.condition(text, model.encode([negative]))
+                latents = _final(run, condition, [seeds[row] for row in rows], weights)
+                pictures = _to_uint8(model.decode(latents))
+            yield pictures[:count].clone()
+            if progress:
+                progress(count)
+
+    return batches()
+
+
+def _final(run: _DDIM, condition: Tensor, seeds: Sequence[int], weights: Mapping[str, Tensor] | None) -> Tensor:
+    generators = _generators(seeds)
+    latents = _draw(generators, run.model.latent_shape, run.model.device, run.model.dtype)
+    for i in range(len(run.numbers)):
+        latents = run.step(i, latents, condition, generators, weights)
+    return latents
+
+
+def _to_uint8(pictures: Tensor) -> Tensor:
+    return (pictures.float() * 255).round().to(torch.uint8).cpu()
+
+
+@torch.no_grad()
+def denoise_to(
+    model: TextToImage,
+    text: Tensor,
+    unconditional: Tensor,
+    seeds: Sequence[int],
+    k: Tensor | Sequence[int] | int,
+    sampler: Sampler,
+    weights: Mapping[str, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Partially denoised latents: sample b starts from the noise of `seeds[b]` and takes its first `k[b]` steps.
+
+    text (B, L, D), unconditional (1, L, D), k (B,) or one int, each in 0 ... steps - 1. Returns x_t (B, C, h, w) and
+    t (B,), int64, the noise level of x_t: t = timesteps[k], so k = 0 is pure noise at the first level. This is where
+    ESD gets its latents (Gandikota et al. 2023, arXiv 2303.07345, section 4.1). All samples run in one batch, which
+    shrinks as they arrive. `weights` as in `TextToImage.predict`: pass the base weights while the model is trained.
+    """
+    run = _DDIM(model, sampler)
+    wanted = [k] * len(seeds) if isinstance(k, int) else [int(value) for value in k]
+    if not len(text) == len(seeds) == len(wanted):
+        raise ValueError(f"{len(text)} texts, {len(seeds)} seeds and {len(wanted)} values of k do not fit")
+    if any(not 0 <= value < sampler.steps for value in wanted):
+        raise ValueError(f"k is between 0 and {sampler.steps - 1}, got {wanted}")
+    # Longest way first: those still on their way are then always the first rows.
+    order = sorted(range(len(wanted)), key=lambda row: -wanted[row])
+    generators = _generators([seeds[row] for row in order])
+    latents = _draw(generators, model.latent_shape, model.device, model.dtype)
+    ordered_text = text[order]
+    active, condition = 0, text
+    for i in range(max(wanted, default=0)):
+        if (still := sum(value > i for value in wanted)) != active:
+            active, condition = still, run.condition(ordered_text[:still], unconditional)
+        latents[:active] = run.step(i, latents[:active], condition, generators[:active], weights)
+    result = torch.empty_like(latents)
+    result[order] = latents
+    return result, run.timesteps[torch.tensor(wanted, device=model.device)]
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Stored trajectories of a model: every state on the way from noise to picture, to train on without painting.
+
+    latents (size, steps, C, h, w) float16, `latents[i, k]` after k steps, at noise level timesteps[k] (steps,);
+    trajectory i was painted for prompt `i % len(prompts)`, with guidance. All on the CPU; what `draw` returns is on
+    `device` in `dtype`.
+    """
+
+    latents: Tensor
+    timesteps: Tensor
+    prompts: tuple[str, ...]
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def build(
+        cls,
+        model: TextToImage,
+        prompts: Sequence[str],
+        size: int,
+        sampler: Sampler,
+        seed: int,
+        folder: Path | None = None,
+        progress: Progress | None = None,
+        batch_size: int = 16,
+    ) -> Bank:
+        """Paint `size` trajectories of the model as it is now (build before training), or take them from `folder`.
+
+        The file's name is a hash of all that goes into it; a damaged file is replaced. `progress` is called with the
+        number of trajectories each batch brought; with `size` at once if they were there.
+        """
+        if not prompts or size < 1:
+            raise UserError(f"a trajectory bank needs a prompt and a size of at least 1, not {len(prompts)} and {size}")
+        key = _bank_key(model, prompts, size, sampler, seed, batch_size)
+        path = folder / f"bank-{key}.safetensors" if folder else None
+        shape = (size, sampler.steps, *model.latent_shape)
+        latents = _read_bank(path, shape) if path else None
+        if latents is None:
+            latents = _paint_bank(model, prompts, shape, sampler, seed, progress, batch_size)
+            if path:
+                _write_bank(path, latents)
+        elif progress:
+            progress(size)
+        return cls(latents, sampler.timesteps(model).cpu(), tuple(prompts), model.device, model.dtype)
+
+    def draw(self, seed: int, step: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The n rows of training step `step`: latents (n, C, h, w), t (n,) and the index (n,) of each row's prompt.
+
+        Trajectory and noise level are drawn uniformly, with replacement, as a pure function of (seed, step, n). The
+        rows are the global batch; each rank takes its slice.
+        """
+        generator = torch.Generator().manual_seed(seed_of("tune", seed, step))
+        size, steps = self.latents.shape[:2]
+        trajectory = torch.randint(size, (n,), generator=generator)
+        k = torch.randint(steps, (n,), generator=generator)
+        latents = self.latents[trajectory, k].to(self.device, self.dtype)
+        return latents, self.timesteps[k].to(self.device), (trajectory % len(self.prompts)).to(self.device)
+
+
+def _bank_key(
+    model: TextToImage, prompts: Sequence[str], size: int, sampler: Sampler, seed: int, batch_size: int
+) -> str:
+    # Device and dtype count: a bank painted on a GPU must not change what the same command writes on a CPU.
+    scheduler = {key: str(value) for key, value in model.scheduler_config.items() if not key.startswith("_")}
+    parts = {
+        "format": 1,
+        "model": [model.fingerprint, scheduler, model.device.type, str(model.dtype)],
+        "prompts": list(prompts),
+        "size": size,
+        "sampler": asdict(sampler),
+        "seed": seed,
+        "batch_size": batch_size,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@torch.no_grad()
+def _paint_bank(
+    model: TextToImage,
+    prompts: Sequence[str],
+    shape: tuple[int, ...],
+    sampler: Sampler,
+    seed: int,
+    progress: Progress | None,
+    batch_size: int,
+) -> Tensor:
+    run = _DDIM(model, sampler)
+    size = shape[0]
+    bank = torch.empty(shape, dtype=torch.float16)
+    unconditional = model.encode([""])
+    for first in range(0, size, batch_size):
+        count = min(batch_size, size - first)
+        rows = range(first, first + batch_size)
+        condition = run.condition(model.encode([prompts[row % len(prompts)] for row in rows]), unconditional)
+        generators = _generators([seed_of("bank", seed, row) for row in rows])
+        latents = _draw(generators, model.latent_shape, model.device, model.dtype)
+        for i in range(sampler.steps):
+            bank[first : first + count, i] = latents[:count].to("cpu", torch.float16)
+            if i + 1 < sampler.steps:  # nobody trains on the finished picture
+                latents = run.step(i, latents, condition, generators, None)
+        if progress:
+            progress(count)
+    return bank
+
+
+def _digest(latents: Tensor) -> str:
+    return hashlib.sha256(latents.contiguous().numpy().data).hexdigest()
+
+
+def _write_bank(path: Path, latents: Tensor) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file({"latents": latents}, beside, metadata={"sha256": _digest(latents)})
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _read_bank(path: Path, shape: tuple[int, ...]) -> Tensor | None:
+    """The stored latents, or None if there are none or they are not what was written."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            latents = file.get_tensor("latents")
+            intact = (file.metadata() or {}).get("sha256") == _digest(latents)
+    except (FileNotFoundError, SafetensorError):
+        return None
+    return latents if intact and tuple(latents.shape) == shape else None

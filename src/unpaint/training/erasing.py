@@ -1,0 +1,199 @@
+"""One LightningModule that drives any method, with what it takes to stop and go on anywhere."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from unpaint.concepts import Concept
+from unpaint.edit import Edit
+from unpaint.methods.base import Job, Method
+from unpaint.model import TextToImage
+from unpaint.progress import bar
+
+
+class Erasing(LightningModule):
+    """Runs a method's steps. Only what the method trains is in its state; the pipeline stays outside.
+
+    `seconds` is erase time: preparation and steps, without probes and checkpoints. `steps_done` counts batches: neither
+    Lightning's `global_step` (optimiser steps) nor its epochs mean the same for every method.
+    """
+
+    def __init__(
+        self, method: Method, model: TextToImage, concept: Concept, seed: int, config: dict[str, Any], cache: Path
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.method = method
+        self.text_to_image = model
+        self.concept = concept
+        self.seed = seed
+        self.header_config = config
+        self.cache = cache
+        self.steps_done = 0
+        self.seconds = 0.0
+        self.optimizer_steps = 0
+        self.seconds_to_ua95: float | None = None
+
+    def setup(self, stage: str) -> None:
+        """Rank 0 prepares first, so that what it leaves in the cache is there for the others."""
+        model = self.text_to_image.to(self.trainer.strategy.root_device)
+        started = time.perf_counter()
+        model.pipe.unet.requires_grad_(False)
+        self.base = model.base_weights(self.method.group)
+        self.weights = model.group(self.method.group)
+        for parameter in self.weights.values():
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+        for turn in (True, False):
+            if self.trainer.is_global_zero == turn:
+                self.method.begin(self._job())
+            self.trainer.strategy.barrier()
+        self.trained = nn.ParameterList(self.weights.values())
+        self.seconds += time.perf_counter() - started
+
+    def _job(self) -> Job:
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        show = self.trainer.is_global_zero
+        return Job(
+            model=self.text_to_image,
+            concept=self.concept,
+            seed=self.seed,
+            weights=self.weights,
+            base=self.base,
+            config=self.header_config,
+            cache=self.cache,
+            mine=slice(rank, None, world),
+            update=self.update,
+            progress=lambda text, total: bar(text, total, show=show),
+        )
+
+    def finish(self) -> Edit:
+        """The method's edit; the model is left as it was before."""
+        edit = self.method.finish()
+        with torch.no_grad():
+            for key, parameter in self.weights.items():
+                parameter.requires_grad_(False)
+                parameter.grad = None
+                parameter.data = self.base[key]
+        return edit
+
+    def update(self, loss: Tensor, i: int = 0) -> None:
+        """See `Job.update`."""
+        optimizers = self.optimizers()
+        optimizer = optimizers[i] if isinstance(optimizers, list) else optimizers
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        self.optimizer_steps += 1
+
+    def configure_optimizers(self) -> list[Optimizer]:
+        return self.method.optimizers()
+
+    def train_dataloader(self) -> "Steps":
+        return Steps(self)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return batch
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        started = time.perf_counter()
+        logs = self.method.step(batch)
+        self.steps_done += 1
+        self.seconds += time.perf_counter() - started
+        self.log_dict({f"erase/{name}": value for name, value in logs.items()}, batch_size=1)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["unpaint"] = {name: getattr(self, name) for name in _COUNTS}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        for name in _COUNTS:
+            setattr(self, name, checkpoint["unpaint"][name])
+
+
+_COUNTS = ("steps_done", "seconds", "optimizer_steps", "seconds_to_ua95")
+
+
+class Steps:
+    """The method's batches from where the module stands; as long as all steps, which is how Lightning counts."""
+
+    def __init__(self, module: Erasing) -> None:
+        self.module = module
+
+    def __len__(self) -> int:
+        return self.module.method.steps
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = self.module.method.batches(self.module.steps_done)
+        while True:
+            started = time.perf_counter()
+            batch = next(batches, None)
+            self.module.seconds += time.perf_counter() - started
+            if batch is None:
+                return
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"steps_done": self.module.steps_done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Nothing to do: the module's own count says where to go on."""
+
+
+class SaveState(Callback):
+    """Saves the state every `seconds`, beside and then renamed, so that there is always one whole file."""
+
+    def __init__(self, file: Path, seconds: float) -> None:
+        self.file = file
+        self.seconds = seconds
+        self.saved = time.monotonic()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        due = trainer.strategy.broadcast(time.monotonic() - self.saved >= self.seconds)
+        if not due:
+            return
+        self.saved = time.monotonic()
+        beside = self.file.with_suffix(".tmp")
+        trainer.save_checkpoint(beside)
+        if trainer.is_global_zero:
+            os.replace(beside, self.file)
+
+
+class ShowProgress(Callback):
+    """A bar over the method's steps."""
+
+    def __init__(self, description: str) -> None:
+        self.description = description
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Erasing)
+        total = pl_module.method.steps
+        self.advance = bar(self.description, total, pl_module.steps_done, trainer.is_global_zero)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.advance(1)
+
+
+class Probe(Callback):
+    """Measures unlearning accuracy now and then, off the clock, until it first reaches 95 %."""
+
+    def __init__(self, times: int, unlearning_accuracy: Callable[[], float]) -> None:
+        self.times = times
+        self.unlearning_accuracy = unlearning_accuracy
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        assert isinstance(pl_module, Erasing)
+        every = max(1, pl_module.method.steps // self.times)
+        if pl_module.seconds_to_ua95 is not None or pl_module.steps_done % every:
+            return
+        reached = False
+        if trainer.is_global_zero:
+            reached = self.unlearning_accuracy() >= 0.95
+        if trainer.strategy.broadcast(reached):
+            pl_module.seconds_to_ua95 = pl_module.seconds

@@ -1,0 +1,59 @@
+"""The Lightning Trainer of a run: device, ranks, precision and logger from the config, and nothing printed twice."""
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import CSVLogger, Logger
+from omegaconf import DictConfig, OmegaConf
+
+from unpaint.errors import UserError, nearest
+
+
+def new_trainer(cfg: DictConfig, folder: Path, callbacks: list[Callback], logger: Logger | None = None) -> Trainer:
+    """A Trainer with the arguments of `cfg.trainer`. Raises UserError where Lightning refuses them."""
+    _quiet()
+    arguments: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
+    try:
+        return Trainer(
+            **arguments,
+            max_epochs=1,
+            default_root_dir=folder,
+            callbacks=callbacks,
+            logger=logger or False,
+            log_every_n_steps=1,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            inference_mode=False,
+        )
+    except (TypeError, ValueError, RuntimeError) as error:
+        # Lightning's MisconfigurationException is a plain Exception in some releases, a ValueError in others.
+        raise UserError(f"trainer: {str(error).splitlines()[0]}") from error
+
+
+def new_logger(cfg: DictConfig, folder: Path, run_id: str, start: int) -> Logger | None:
+    """The logger of the erasing half. CSV files are named by the step they start at: Lightning would delete the
+    curves of the part before a kill."""
+    if cfg.logger.name == "none":
+        return None
+    if cfg.logger.name == "csv":
+        return CSVLogger(save_dir=folder, name="log", version=f"from_step_{start}")
+    if cfg.logger.name == "wandb":
+        from lightning.pytorch.loggers import WandbLogger
+
+        settings = {key: value for key, value in cfg.logger.items() if key not in ("name", "mode")}
+        return WandbLogger(
+            save_dir=folder, id=run_id, resume="allow", offline=cfg.logger.mode == "offline", **settings
+        )
+    raise UserError(f"logger is csv, wandb or none, not '{cfg.logger.name}'{nearest(cfg.logger.name, ('csv', 'wandb'))}")
+
+
+def _quiet() -> None:
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for text in (".*does not have many workers.*", ".*`isinstance.treespec.*", ".*LeafSpec.*", ".*GPU available but.*"):
+        warnings.filterwarnings("ignore", message=text)

@@ -1,0 +1,263 @@
+"""The evaluator end to end on a tiny pipeline and tiny judges: resuming, damage, sharing, scoring, the grid."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from unpaint.concepts import Concept
+from unpaint.errors import UserError
+from unpaint.evaluation.detectors.picturebook import PicturebookDetector
+from unpaint.evaluation.metrics.clip_score import ClipScore
+from unpaint.evaluation.metrics.rates import Rate
+from unpaint.evaluation.pictures import PictureStore, picture_key, read_tensor, write_tensor
+from unpaint.evaluation.suite import Evaluator
+from unpaint.model import TextToImage, load_model
+from unpaint.sampling import Sampler
+
+WORDS = {"object/cat": "a cat", "object/dog": "a dog", "object/bird": "a bird"}
+
+
+def concept(word: str = "cat", **changes: Any) -> Concept:
+    evaluation = {
+        "templates": ["{concept} in {style} style {setting}", "a {style} picture of {concept} {setting}"],
+        "slots": {
+            "style": {"style/flat": "flat", "style/mosaic": "mosaic"},
+            "setting": {"setting/none": "", "setting/beach": "on a beach"},
+        },
+        "in_domain": WORDS,
+        "cross_domain": "style",
+        "target_pictures": 6,
+        "per_label": 4,
+    }
+    return Concept(
+        name=word,
+        kind="individual",
+        axis="object",
+        label=f"object/{word}",
+        target=f"a {word}",
+        anchor="a thing",
+        templates=("{concept}",),
+        neighbours=("object/bird",),
+        evaluation=evaluation | changes,  # type: ignore[arg-type]
+    )
+
+
+def metrics(clip: Path) -> dict[str, Any]:
+    return {
+        "ua": Rate("erasure/ua", "", "", ("target",), counts="absent"),
+        "ira": Rate("retention/ira", "", "", ("in_domain", "neighbour")),
+        "cra": Rate("retention/cra", "", "", ("cross_domain",)),
+        "clip": ClipScore("", "", str(clip)),
+    }
+
+
+@pytest.fixture
+def evaluator(tiny_clip_folder: Path, tiny_detector_folder: Path) -> Evaluator:
+    detector = PicturebookDetector(str(tiny_detector_folder))
+    return Evaluator(metrics(tiny_clip_folder), detector, Sampler(steps=2, guidance=2.0), batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_pipeline_folder: Path) -> TextToImage:
+    return load_model({"name": "tiny", "path": str(tiny_pipeline_folder), "device": "cpu"})
+
+
+@pytest.fixture(scope="module")
+def edited_model(tiny_pipeline_folder: Path) -> TextToImage:
+    model = load_model({"name": "tiny", "path": str(tiny_pipeline_folder), "device": "cpu"})
+    for parameter in model.group("cross_attention").values():
+        parameter.mul_(-2)
+    return model
+
+
+def painted(evaluator: Evaluator, model: TextToImage, store: PictureStore, key: str, of: Concept) -> list[Any]:
+    plan = evaluator.plan(of, seed=0)
+    for batch in evaluator.missing(store, key, plan):
+        evaluator.paint(model, store, key, batch)
+    return plan
+
+
+def files(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in sorted(folder.rglob("*.safetensors"))
+    }
+
+
+def test_batches_are_full_but_for_the_last_of_a_label(evaluator: Evaluator) -> None:
+    plan = evaluator.plan(concept(), seed=0)
+    assert [(batch.cases[0].group, len(batch.cases)) for batch in plan] == [
+        ("object/cat", 4),
+        ("object/cat", 2),
+        ("object/dog", 4),
+        ("object/bird", 4),
+    ]
+    assert [batch.name for batch in plan] == [batch.name for batch in evaluator.plan(concept(), seed=0)]
+    assert {b.name for b in plan}.isdisjoint(b.name for b in evaluator.plan(concept(), seed=1))
+    evaluator.sampler = Sampler(steps=3, guidance=2.0)
+    assert {b.name for b in plan}.isdisjoint(b.name for b in evaluator.plan(concept(), seed=0))
+
+
+def test_concepts_share_the_unedited_models_pictures(evaluator: Evaluator) -> None:
+    cat, dog = (evaluator.plan(concept(word), seed=0) for word in ("cat", "dog"))
+    shared = {batch.name for batch in cat} & {batch.name for batch in dog}
+    assert len(shared) == 3  # dog's first batch, cat's first batch, bird
+
+
+def test_resuming_paints_only_what_is_missing_and_the_same_bits(
+    evaluator: Evaluator, model: TextToImage, tmp_path: Path
+) -> None:
+    whole, broken = PictureStore(tmp_path / "whole"), PictureStore(tmp_path / "broken")
+    plan = painted(evaluator, model, whole, "k", concept())
+    for batch in evaluator.missing(broken, "k", plan)[1::2]:  # what one of two ranks did before it was killed
+        evaluator.paint(model, broken, "k", batch)
+    before = files(broken.folder)
+    assert len(before) == 2
+    painted(evaluator, model, broken, "k", concept())
+    after = files(broken.folder)
+    assert all(after[name] == content for name, content in before.items())
+    assert {name: data for name, (_, data) in after.items()} == {n: d for n, (_, d) in files(whole.folder).items()}
+    assert evaluator.missing(broken, "k", plan) == []
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "short"])
+def test_a_damaged_batch_is_painted_again(
+    evaluator: Evaluator, model: TextToImage, tmp_path: Path, damage: str
+) -> None:
+    store = PictureStore(tmp_path)
+    plan = painted(evaluator, model, store, "k", concept())
+    victim = store._picture_file("k", plan[2])
+    good = victim.read_bytes()
+    if damage == "short":
+        write_tensor(victim, torch.zeros(3, 3, 64, 64, dtype=torch.uint8))
+    else:
+        victim.write_bytes({"cut": good[:-100], "flipped": good[:-1] + bytes([good[-1] ^ 1]), "empty": b""}[damage])
+    assert evaluator.missing(store, "k", plan) == [plan[2]]
+    with pytest.raises(UserError, match="missing or damaged"):
+        evaluator.score(store, "k", "k", plan)
+    evaluator.paint(model, store, "k", plan[2])
+    assert victim.read_bytes() == good
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="No space"):
+        write_tensor(tmp_path / "a.safetensors", torch.zeros(2))
+    assert list(tmp_path.iterdir()) == []
+    assert read_tensor(tmp_path / "a.safetensors") is None
+
+
+def test_scores_match_what_the_judges_say_of_the_pictures(
+    evaluator: Evaluator, model: TextToImage, edited_model: TextToImage, tmp_path: Path
+) -> None:
+    store = PictureStore(tmp_path)
+    plan = painted(evaluator, model, store, "base", concept())
+    painted(evaluator, edited_model, store, "edited", concept())
+    scores = evaluator.score(store, "edited", "base", plan)
+    assert list(scores) == ["erasure/ua", "retention/ira", "retention/cra", "fidelity/clip_score"]
+    assert [scores[name]["n"] for name in scores] == [6, 8, 14, 8]
+    for key, side in (("edited", "value"), ("base", "base")):
+        pictures = torch.cat([store.pictures(key, batch) for batch in plan])  # type: ignore[misc]
+        says = evaluator.detector(pictures.float() / 255)
+        cat, dog, bird = (says[:, i] >= 0.5 for i in range(3))
+        assert scores["erasure/ua"][side] == pytest.approx(1 - cat[:6].float().mean().item())
+        kept = torch.cat([dog[6:10], bird[10:14]]).float().mean().item()
+        assert scores["retention/ira"][side] == pytest.approx(kept)
+        style = ["flat", "mosaic", "none"]
+        best = [style[i] for i in says[:, 3:6].argmax(dim=1)]
+        cases = [case for batch in plan for case in batch.cases]
+        right = [f"style/{found}" in case.wants for found, case in zip(best, cases, strict=True)]
+        assert scores["retention/cra"][side] == pytest.approx(np.mean(right))
+    assert scores["erasure/ua"]["detector"].startswith("picturebook-")
+    assert scores["fidelity/clip_score"]["detector"].startswith("clip-")
+    assert scores["fidelity/clip_score"]["delta"] != 0
+
+
+def test_readings_are_kept_and_the_judges_not_asked_again(
+    evaluator: Evaluator, model: TextToImage, tmp_path: Path, tiny_clip_folder: Path, tiny_detector_folder: Path
+) -> None:
+    store = PictureStore(tmp_path)
+    plan = painted(evaluator, model, store, "k", concept())
+    scores = evaluator.score(store, "k", "k", plan)
+    shutil.rmtree(store.folder / "pictures")
+    fresh = Evaluator(metrics(tiny_clip_folder), PicturebookDetector(str(tiny_detector_folder)), evaluator.sampler, 4)
+    assert fresh.score(store, "k", "k", plan) == scores
+    assert fresh.detector._model is None  # type: ignore[attr-defined]
+
+
+def test_a_label_that_the_detector_lacks_is_refused_before_painting(evaluator: Evaluator) -> None:
+    with pytest.raises(UserError, match="lacks 'style/mosiac'; did you mean style/mosaic"):
+        evaluator.plan(
+            concept(slots={"style": {"style/mosiac": "mosaic"}, "setting": {"x/a": "", "x/b": "b"}}, target_pictures=4),
+            0,
+        )
+
+
+def test_a_metric_that_nothing_concerns_is_left_out(evaluator: Evaluator, model: TextToImage, tmp_path: Path) -> None:
+    store = PictureStore(tmp_path)
+    alone = Concept(
+        name="cat",
+        kind="individual",
+        axis="object",
+        label="object/cat",
+        target="a cat",
+        anchor="a dog",
+        templates=("{concept}",),
+        evaluation={"templates": ["{concept}"], "target_pictures": 1},  # type: ignore[arg-type]
+    )
+    plan = painted(evaluator, model, store, "k", alone)
+    assert list(evaluator.score(store, "k", "k", plan)) == ["erasure/ua"]
+
+
+def test_evaluators_that_make_no_sense_are_refused(tiny_clip_folder: Path) -> None:
+    two = {"a": Rate("a/b", "", "", ("target",)), "b": Rate("a/b", "", "", ("target",))}
+    with pytest.raises(UserError, match="two metrics of the evaluator are called 'a/b'"):
+        Evaluator(two, PicturebookDetector(), Sampler())
+    with pytest.raises(UserError, match="no metrics"):
+        Evaluator({}, PicturebookDetector(), Sampler())
+    with pytest.raises(UserError, match="batch_size"):
+        Evaluator(metrics(tiny_clip_folder), PicturebookDetector(), Sampler(), batch_size=0)
+
+
+def test_the_detector_answers_with_probabilities(tiny_detector_folder: Path, tmp_path: Path) -> None:
+    detector = PicturebookDetector(str(tiny_detector_folder))
+    says = detector(torch.rand(5, 3, 64, 64))
+    assert says.shape == (5, len(detector.labels))
+    assert says.dtype == torch.float32
+    for axis in ("style", "setting"):
+        own = [i for i, label in enumerate(detector.labels) if label.startswith(axis)]
+        assert says[:, own].sum(dim=1).tolist() == pytest.approx([1.0] * 5)
+    assert list(detector.thresholds) == ["object/cat", "object/dog", "object/bird"]
+    with pytest.raises(UserError, match="not a Picturebook detector"):
+        _ = PicturebookDetector(str(tmp_path)).labels
+
+
+def test_keys_tell_models_edits_and_precision_apart(model: TextToImage, tiny_v_pipeline_folder: Path) -> None:
+    other = load_model({"name": "tiny", "path": str(tiny_v_pipeline_folder), "device": "cpu"})
+    keys = {picture_key(model), picture_key(other), picture_key(model, "abc"), picture_key(model, "abd")}
+    assert len(keys) == 4
+    assert picture_key(model) == picture_key(model)
+
+
+def test_the_grid_shows_the_stored_pictures(evaluator: Evaluator, tmp_path: Path) -> None:
+    store = PictureStore(tmp_path)
+    plan = evaluator.plan(concept(), seed=0)
+    for key, colour in (("base", (250, 0, 0)), ("edited", (0, 0, 250))):
+        picture = torch.tensor(colour, dtype=torch.uint8).view(1, 3, 1, 1)
+        for batch in plan:
+            store.keep_pictures(key, batch, picture.expand(len(batch.cases), 3, 64, 64))
+    path = evaluator.grid(store, "edited", "base", plan, concept(), tmp_path / "grid.png")
+    seen = np.asarray(Image.open(path).convert("RGB"))
+    red, blue = ((seen == colour).all(axis=2).sum() for colour in ((250, 0, 0), (0, 0, 250)))
+    assert red == blue == 12 * 112 * 112  # 4 of the target and 4 each of bird and dog
+    first_red = np.argwhere((seen == (250, 0, 0)).all(axis=2))[:, 1].min()
+    first_blue = np.argwhere((seen == (0, 0, 250)).all(axis=2))[:, 1].min()
+    assert first_red < first_blue
