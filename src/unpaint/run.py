@@ -1,8 +1,8 @@
 """run(cfg): erase a concept, evaluate what is left of it, and keep one record of both. Callable from a notebook:
 
-    from unpaint.config import compose
-    from unpaint.run import run
-    record = run(compose(["concept=cat", "method=esd"]))
+from unpaint.config import compose
+from unpaint.run import run
+record = run(compose(["concept=cat", "method=esd"]))
 """
 
 import json
@@ -115,7 +115,7 @@ def _finished(this: Run) -> RunRecord | None:
 def _is_rank_zero() -> bool:
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-    return int(rank_zero_only.rank or 0) == 0  # type: ignore[attr-defined]
+    return int(rank_zero_only.rank or 0) == 0
 
 
 @contextmanager

@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unpaint.concepts import Concept
+from unpaint.concepts import TARGET, Concept
 from unpaint.errors import UserError, nearest
-from unpaint.evaluation.detectors import Detector
+from unpaint.evaluation.detectors import Detector, shows
 from unpaint.evaluation.grid import grid
 from unpaint.evaluation.metrics import Metric, asked
 from unpaint.evaluation.pictures import Batch, PictureStore, batches_of
@@ -148,6 +148,18 @@ class Evaluator:
             for metric in self.metrics
             if parts[metric.name][0]
         }
+
+    def unlearning_accuracy(self, model: TextToImage, concept: Concept, seed: int, pictures: int = 64) -> float:
+        """A quick look at the model as it is now: UA over the first target prompts, with seeds that no report uses."""
+        from unpaint.sampling import paint, seed_of
+
+        prompts = [case.prompt for case in concept.cases(seed) if TARGET in case.wants.values()][:pictures]
+        seeds = [seed_of("probe", seed, row) for row in range(len(prompts))]
+        shown = 0
+        for batch in paint(model, prompts, seeds, self.sampler, self.batch_size):
+            probabilities = self.detector(batch.to(model.device).float() / 255).cpu().numpy()
+            shown += int(shows(self.detector, probabilities, concept.label).sum())
+        return 1 - shown / len(prompts)
 
     def grid(
         self, store: PictureStore, edited: str, base: str, batches: Sequence[Batch], concept: Concept, path: Path

@@ -131,7 +131,8 @@ class ESD:
         with torch.no_grad():
             asked = [concept, empty, text] if self.erase_from else [concept, empty]
             x, t = batch.latents.repeat(len(asked), 1, 1, 1), batch.t.repeat(len(asked))
-            with_concept, without, *start = model.predict(x, t, torch.cat(asked), weights=self.job.base).chunk(len(asked))
+            predicted = model.predict(x, t, torch.cat(asked), weights=self.job.base)
+            with_concept, without, *start = predicted.chunk(len(asked))
             goal = (start[0] if start else without) - self.negative_guidance * (with_concept - without)
         loss = F.mse_loss(model.predict(batch.latents, batch.t, text), goal)
         self.job.update(loss)
@@ -139,6 +140,4 @@ class ESD:
 
     def finish(self) -> Edit:
         job = self.job
-        return Edit.from_change(
-            job.model.pipe, job.base, method=self.name, concept=job.concept.name, config=job.config
-        )
+        return Edit.from_change(job.model.pipe, job.base, method=self.name, concept=job.concept.name, config=job.config)

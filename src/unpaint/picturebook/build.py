@@ -17,7 +17,13 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from rich.progress import track
 from torch import Tensor
-from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, ResNetForImageClassification
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTextModel,
+    CLIPTokenizer,
+    ResNetForImageClassification,
+)
 
 from unpaint.picturebook import parts, tokenizer
 from unpaint.picturebook.data import SPLITS, Pictures, draw_split
@@ -34,8 +40,8 @@ class Plan:
     work: Path
     device: torch.device
     autoencoder_steps: int = 1800
-    detector_steps: int = 1600
-    clip_steps: int = 1200
+    detector_steps: int = 1200
+    clip_steps: int = 900
     denoiser_steps: int = 9000
     seed: int = 0
 
@@ -203,6 +209,9 @@ def stage_export(plan: Plan) -> None:
     pipe.save_pretrained(WEIGHTS, safe_serialization=True)
     clip.half().save_pretrained(WEIGHTS / "clip")
     tokens.save_pretrained(WEIGHTS / "clip")
+    half = [0.5, 0.5, 0.5]
+    size = {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}}
+    CLIPImageProcessorPil(image_mean=half, image_std=half, **size).save_pretrained(WEIGHTS / "clip")
     detector.half().save_pretrained(WEIGHTS / "detector")
     write_provenance(plan)
 

@@ -150,7 +150,9 @@ def on_paintings(detector: PicturebookDetector, weights: Path, per_object: int) 
         "pairs": list(pairs(216)),
         "on a table": list(on_a_table(216)),
         "words": list(out_of_set()),
-        "umbrella": [Asked(a.prompt.replace("a cat", "an umbrella"), ("object/umbrella",)) for a in single(104, ("cat",))],
+        "umbrella": [
+            Asked(a.prompt.replace("a cat", "an umbrella"), ("object/umbrella",)) for a in single(104, ("cat",))
+        ],
     }
     shown = painted(detector, weights, sets)
     by_label: dict[str, list[bool]] = defaultdict(list)
@@ -190,7 +192,9 @@ def painted(
         seeds = [seed_of("score", 0, i) for i in range(len(asked))]
         prompts = [a.prompt for a in asked]
         batches = paint(model, prompts, seeds, SAMPLER, BATCH, progress=advance)
-        probabilities = np.concatenate([detector(batch.to(model.device).float() / 255).cpu().numpy() for batch in batches])
+        probabilities = np.concatenate(
+            [detector(batch.to(model.device).float() / 255).cpu().numpy() for batch in batches]
+        )
         hits = {label: shows(detector, probabilities, label) for label in {x for a in asked for x in a.labels}}
         out[name] = [{label: bool(hits[label][row]) for label in a.labels} for row, a in enumerate(asked)]
     return out

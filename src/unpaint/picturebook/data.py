@@ -15,7 +15,7 @@ from unpaint.picturebook.world import OBJECTS, PAINTABLE, Scene, random_scene
 SPLITS = {
     # name: (pictures, objects); "world" trains CLIP, autoencoder and detector, "painted" the denoiser
     "world": (32_000, OBJECTS),
-    "painted": (64_000, PAINTABLE),
+    "painted": (48_000, PAINTABLE),
     "held_out": (4_000, OBJECTS),
 }
 CHUNK = 1_000

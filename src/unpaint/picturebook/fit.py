@@ -49,10 +49,9 @@ def fit(
         os.replace(beside, file)
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    columns += (TextColumn("{task.fields[losses]}"),)
     saved, shown = time.monotonic(), time.monotonic()
     module.train()
-    with Progress(*columns) as progress:
+    with Progress(*columns, TextColumn("{task.fields[losses]}")) as progress:
         task = progress.add_task(file.stem, total=steps, completed=start, losses="")
         for step in range(start, steps):
             rate = lr * min(1.0, (step + 1) / warmup, (steps - step) / max(1.0, cooldown * steps))

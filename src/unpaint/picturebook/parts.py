@@ -9,10 +9,17 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, ResNetConfig
-from transformers import CLIPTokenizer, ResNetForImageClassification
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
-from unpaint.picturebook.captions import caption
+from unpaint.picturebook.captions import Name, caption
 from unpaint.picturebook.data import Pictures, scenes
 from unpaint.picturebook.world import OBJECTS, RELATIONS, SETTINGS, STYLES, Scene
 
@@ -203,16 +210,16 @@ def projected(output: object) -> Tensor:
 
 def new_denoiser() -> UNet2DConditionModel:
     return UNet2DConditionModel(
-        sample_size=8,
+        sample_size=LATENT_SIZE,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
-        block_out_channels=(64, 128),
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(32, 64, 128),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
         cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=4,
-        norm_num_groups=16,
+        norm_num_groups=8,
     )
 
 
@@ -254,5 +261,6 @@ class Batches:
 
 
 def training_caption(scene: Scene, rng: random.Random) -> str:
-    name = rng.choices(("plain", "synonym", "description"), (0.5, 0.2, 0.3))[0]
+    names: tuple[Name, ...] = ("plain", "synonym", "description")
+    name = rng.choices(names, (0.5, 0.2, 0.3))[0]
     return caption(scene, rng, templates="train", name=name, mark="any", drop=0.12)

@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger
 from omegaconf import DictConfig, OmegaConf
@@ -30,8 +31,7 @@ def new_trainer(cfg: DictConfig, folder: Path, callbacks: list[Callback], logger
             use_distributed_sampler=False,
             inference_mode=False,
         )
-    except (TypeError, ValueError, RuntimeError) as error:
-        # Lightning's MisconfigurationException is a plain Exception in some releases, a ValueError in others.
+    except (TypeError, ValueError, RuntimeError, MisconfigurationException) as error:
         raise UserError(f"trainer: {str(error).splitlines()[0]}") from error
 
 
@@ -46,10 +46,9 @@ def new_logger(cfg: DictConfig, folder: Path, run_id: str, start: int) -> Logger
         from lightning.pytorch.loggers import WandbLogger
 
         settings = {key: value for key, value in cfg.logger.items() if key not in ("name", "mode")}
-        return WandbLogger(
-            save_dir=folder, id=run_id, resume="allow", offline=cfg.logger.mode == "offline", **settings
-        )
-    raise UserError(f"logger is csv, wandb or none, not '{cfg.logger.name}'{nearest(cfg.logger.name, ('csv', 'wandb'))}")
+        return WandbLogger(save_dir=folder, id=run_id, resume="allow", offline=cfg.logger.mode == "offline", **settings)
+    name = str(cfg.logger.name)
+    raise UserError(f"logger is csv, wandb or none, not '{name}'{nearest(name, ('csv', 'wandb', 'none'))}")
 
 
 def _quiet() -> None:

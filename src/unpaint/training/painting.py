@@ -16,7 +16,13 @@ class Painting(LightningModule):
     """Paints what is missing of the batches it is given, and reads all of them."""
 
     def __init__(
-        self, evaluator: Evaluator, model: TextToImage, store: PictureStore, key: str, batches: Sequence[Batch], text: str
+        self,
+        evaluator: Evaluator,
+        model: TextToImage,
+        store: PictureStore,
+        key: str,
+        batches: Sequence[Batch],
+        text: str,
     ) -> None:
         super().__init__()
         self.evaluator = evaluator

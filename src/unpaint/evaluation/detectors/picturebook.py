@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unpaint.errors import UserError
-from unpaint.evaluation.pictures import folder_identity
+from unpaint.evaluation.pictures import folder_identity, quiet
 
 BUILT_IN = Path(__file__).parents[2] / "picturebook" / "weights" / "detector"
 
@@ -67,9 +67,10 @@ class PicturebookDetector:
         from transformers import AutoModelForImageClassification
 
         try:
-            model = AutoModelForImageClassification.from_pretrained(
-                self.folder, local_files_only=True, dtype=torch.float32
-            )
+            with quiet():
+                model = AutoModelForImageClassification.from_pretrained(
+                    self.folder, local_files_only=True, dtype=torch.float32
+                )
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"the detector '{self.folder}' does not load: {str(error).splitlines()[0]}") from error
         return model.eval().requires_grad_(False)

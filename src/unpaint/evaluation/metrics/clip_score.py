@@ -14,7 +14,7 @@ from unpaint.concepts import IN_DOMAIN, NEIGHBOUR, Case
 from unpaint.errors import UserError
 from unpaint.evaluation.detectors import Detector
 from unpaint.evaluation.metrics import asked
-from unpaint.evaluation.pictures import folder_identity
+from unpaint.evaluation.pictures import folder_identity, quiet
 from unpaint.evaluation.stats import mean_summary
 
 BUILT_IN = Path(__file__).parents[2] / "picturebook" / "weights" / "clip"
@@ -62,9 +62,10 @@ class ClipCosine:
         # transformers 5 without torchvision has only the Pil processor, transformers 4 only the other.
         processor = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
         try:
-            model = transformers.CLIPModel.from_pretrained(self.folder, local_files_only=True, dtype=torch.float32)
-            tokenizer = transformers.CLIPTokenizer.from_pretrained(self.folder, local_files_only=True)
-            pictures = processor.from_pretrained(self.folder, local_files_only=True)
+            with quiet():
+                model = transformers.CLIPModel.from_pretrained(self.folder, local_files_only=True, dtype=torch.float32)
+                tokenizer = transformers.CLIPTokenizer.from_pretrained(self.folder, local_files_only=True)
+                pictures = processor.from_pretrained(self.folder, local_files_only=True)
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"the CLIP in '{self.folder}' does not load: {str(error).splitlines()[0]}") from error
         return model.eval().requires_grad_(False), tokenizer, pictures

@@ -1,0 +1,87 @@
+"""What holds for every method: walks conf/method/*, so a new method is tested by being there."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from unpaint.config import compose, conf_dir
+from unpaint.edit import Edit
+from unpaint.model import load_model
+from unpaint.run import erase
+
+METHODS = sorted(file.stem for file in (conf_dir() / "method").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def options(tiny_pipeline_folder: Path) -> list[str]:
+    """Two steps on the tiny pipeline."""
+    return [
+        "model=sd15",
+        f"model.path={tiny_pipeline_folder}",
+        "trainer=cpu",
+        "logger=none",
+        "probes=0",
+        "method.steps=2",
+        "method.sampling_steps=4",
+    ]
+
+
+def made_by(method: str, options: list[str], outputs: Path, *more: str) -> Edit:
+    return Edit.load(erase(compose([f"method={method}", f"outputs={outputs}", *options, *more])))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_seed_gives_the_same_file_and_another_seed_another(
+    method: str, options: list[str], tmp_path: Path
+) -> None:
+    first = erase(compose([f"method={method}", f"outputs={tmp_path / 'a'}", *options])).read_bytes()
+    again = erase(compose([f"method={method}", f"outputs={tmp_path / 'b'}", *options])).read_bytes()
+    assert first == again
+    other = made_by(method, options, tmp_path / "c", "seed=1")
+    assert other.header.config["seed"] == 1
+    assert other.id != Edit.load(tmp_path / "a" / _only(tmp_path / "a")).id
+
+
+def _only(outputs: Path) -> Path:
+    (file,) = outputs.glob("*/*/*/*/edit.safetensors")
+    return file.relative_to(outputs)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_the_declared_weights_move_and_the_edit_comes_off_without_a_trace(
+    method: str, options: list[str], tmp_path: Path
+) -> None:
+    cfg = compose([f"method={method}", f"outputs={tmp_path}", *options])
+    edit = Edit.load(erase(cfg))
+    model = load_model(cfg.model)
+    before = {key: value.clone() for key, value in model.pipe.unet.state_dict().items()}
+    from unpaint.config import instantiate
+
+    declared = set(model.group(instantiate(cfg.method).group))
+    assert edit.changed_parameters > 0
+    assert set(edit.delta) | set(edit.zero) <= declared
+    edit.apply(model.pipe)
+    moved = {f"unet.{key}" for key, value in model.pipe.unet.state_dict().items() if not value.equal(before[key])}
+    assert moved == set(edit.delta) | set(edit.zero)
+    edit.remove(model.pipe)
+    assert all(value.equal(before[key]) for key, value in model.pipe.unet.state_dict().items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_global_is_left_behind(method: str, options: list[str], tmp_path: Path) -> None:
+    def state() -> tuple[Any, ...]:
+        return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()
+
+    before, rng = state(), torch.get_rng_state()
+    made_by(method, options, tmp_path)
+    assert state() == before
+    assert torch.get_rng_state().equal(rng)
+
+
+@pytest.mark.parametrize("variant", ["x", "x-strict", "u", "all"])
+def test_v_prediction_models_are_erased_too(variant: str, tiny_v_pipeline_folder: Path, tmp_path: Path) -> None:
+    options = ["model=sd21", f"model.path={tiny_v_pipeline_folder}", "trainer=cpu", "logger=none", "probes=0"]
+    options += ["method.steps=2", "method.sampling_steps=4", f"method.variant={variant}"]
+    assert made_by("esd", options, tmp_path).changed_parameters > 0

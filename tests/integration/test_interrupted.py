@@ -1,0 +1,71 @@
+"""kill -9 while erasing and while evaluating; the same command then gives what an uninterrupted run gives."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+SMALL = [
+    "concept=cat",
+    "trainer=cpu",
+    "logger=none",
+    "probes=0",
+    "checkpoint_seconds=0",
+    "method.steps=12",
+    "method.sampling_steps=8",
+    "concept.evaluation.target_pictures=32",
+    "concept.evaluation.per_label=4",
+    "evaluator.sampler.steps=5",
+]
+
+
+def command(outputs: Path) -> list[str]:
+    return [sys.executable, "-m", "unpaint", "run", f"outputs={outputs}", *SMALL]
+
+
+def killed_when(outputs: Path, ready: Callable[[], bool]) -> None:
+    """Starts the command and kills it as soon as `ready`; fails if it ends before."""
+    process = subprocess.Popen(command(outputs), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 300
+    while not ready():
+        assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def finished(outputs: Path) -> tuple[bytes, dict[str, Any]]:
+    """Runs the command to its end; the edit's bytes and the record."""
+    subprocess.run(command(outputs), check=True, capture_output=True)
+    (record,) = outputs.glob("*/*/*/*/record.json")
+    return (record.parent / "edit.safetensors").read_bytes(), json.loads(record.read_text())
+
+
+def test_killed_twice_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
+    whole_edit, whole = finished(tmp_path / "whole")
+
+    outputs = tmp_path / "killed"
+    killed_when(outputs, lambda: any(outputs.glob("*/*/*/*/checkpoints/last.ckpt")))
+    (record,) = outputs.glob("*/*/*/*/record.json")
+    assert json.loads(record.read_text())["status"] == "interrupted"
+    assert not (record.parent / "edit.safetensors").exists()
+
+    killed_when(outputs, lambda: len(list(outputs.glob(".cache/pictures/*-*/*.safetensors"))) >= 2)
+    assert json.loads(record.read_text())["status"] == "interrupted"
+    painted = {file: file.stat().st_mtime_ns for file in outputs.glob(".cache/pictures/*/*.safetensors")}
+    edit, resumed = finished(outputs)
+    assert edit == whole_edit
+    assert resumed["metrics"] == whole["metrics"]
+    assert resumed["status"] == whole["status"] == "complete"
+    assert resumed["cost"]["optimizer_steps"] == 12
+    assert all(file.stat().st_mtime_ns == when for file, when in painted.items()), "painted again"
+
+    before = {file: file.stat().st_mtime_ns for file in outputs.rglob("*") if file.name != ".lock"}
+    finished(outputs)
+    assert {file: file.stat().st_mtime_ns for file in before} == before, "a finished run was touched"

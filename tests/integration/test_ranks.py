@@ -1,0 +1,70 @@
+"""Two gloo ranks against one: first gradients, the edit after five steps, pictures and detections."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from unpaint.edit import Edit
+
+WORKER = Path(__file__).with_name("ranks_worker.py")
+SMALL = [
+    "concept=mosaic",
+    "logger=none",
+    "probes=0",
+    "method.steps=2",
+    "method.sampling_steps=4",
+    "concept.evaluation.target_pictures=32",
+    "concept.evaluation.per_label=4",
+    "evaluator.sampler.steps=4",
+]
+TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+
+
+def test_gradients_and_edit(tmp_path: Path) -> None:
+    for world in (1, 2):
+        folder = tmp_path / str(world)
+        folder.mkdir()
+        done = subprocess.run([sys.executable, WORKER, folder, str(world)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    one, two = (load_file(tmp_path / world / "gradients.safetensors") for world in "12")
+    for key in one:
+        scale = one[key].norm().clamp(min=1e-8)
+        assert (one[key] - two[key]).norm() / scale < 1e-5, key
+    # Both ranks hold the same weights, and those of one process up to rounding.
+    first, second = (tmp_path / "2" / f"edit-{rank}.safetensors" for rank in (0, 1))
+    assert first.read_bytes() == second.read_bytes()
+    alone, shared = Edit.load(tmp_path / "1" / "edit-0.safetensors"), Edit.load(first)
+
+    def norm(delta: dict[str, torch.Tensor]) -> float:
+        return float(sum(d.square().sum() for d in delta.values())) ** 0.5
+
+    difference = {key: alone.delta[key] - shared.delta[key] for key in alone.delta}
+    assert norm(difference) < 0.01 * norm(alone.delta)
+
+
+def run(outputs: Path, *options: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "unpaint", *options, f"outputs={outputs}"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (record,) = outputs.glob("*/*/*/*/record.json")
+    return json.loads(record.read_text())
+
+
+def test_pictures_and_detections(tmp_path: Path) -> None:
+    run(tmp_path / "erase", "run", *SMALL, "trainer=cpu")
+    (edit,) = (tmp_path / "erase").glob("*/*/*/*/edit.safetensors")
+    one = run(tmp_path / "one", "evaluate", f"edit={edit}", *SMALL, "trainer=cpu")
+    two = run(tmp_path / "two", "evaluate", f"edit={edit}", *SMALL, *TWO)
+    assert one["cost"]["world_size"] == 1 and two["cost"]["world_size"] == 2
+    files = sorted(file.relative_to(tmp_path / "one") for file in (tmp_path / "one/.cache").rglob("*.safetensors"))
+    assert any("pictures" in file.parts for file in files) and any("readings" in file.parts for file in files)
+    for file in files:
+        if "pictures" in file.parts:
+            assert load_file(tmp_path / "one" / file)["tensor"].equal(load_file(tmp_path / "two" / file)["tensor"])
+    assert one["metrics"] == two["metrics"]

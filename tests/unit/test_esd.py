@@ -1,0 +1,119 @@
+"""ESD's step against the formula, worked out by hand on the tiny pipeline."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from unpaint.config import compose, instantiate
+from unpaint.methods.base import Job
+from unpaint.methods.esd import ESD, Batch
+from unpaint.model import load_model
+from unpaint.sampling import noise
+
+
+def begun(folder: Path, tmp_path: Path, *options: str) -> tuple[ESD, list[torch.Tensor]]:
+    """An ESD that has begun, and the list that collects its losses."""
+    cfg = compose(["model=sd15", f"model.path={folder}", "method=esd", "method.sampling_steps=4", *options])
+    method: ESD = instantiate(cfg.method)
+    model = load_model(cfg.model)
+    losses: list[torch.Tensor] = []
+    base = model.base_weights(method.group)
+    job = Job(
+        model=model,
+        concept=instantiate(cfg.concept),
+        seed=0,
+        weights=model.group(method.group),
+        base=base,
+        config={},
+        cache=tmp_path,
+        mine=slice(None),
+        update=lambda loss, i=0: losses.append(loss),
+        progress=lambda text, total: lambda n: None,
+    )
+    method.begin(job)
+    return method, losses
+
+
+def a_batch(method: ESD, prompts: list[str]) -> Batch:
+    latents = noise(range(len(prompts)), method.job.model.latent_shape)
+    return Batch(latents, torch.tensor([900, 100][: len(prompts)]), prompts)
+
+
+def test_the_loss_is_equation_7(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    method, losses = begun(tiny_pipeline_folder, tmp_path, "method.negative_guidance=2.0")
+    batch = a_batch(method, ["a cat", "a cat in a room"])
+    unet, model = method.job.model.pipe.unet, method.job.model
+    with torch.no_grad():
+        for parameter in method.job.weights.values():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+
+        def predicted(prompt: str, row: int) -> torch.Tensor:
+            return unet(batch.latents[row : row + 1], batch.t[row], model.encode([prompt])).sample
+
+        student = [predicted(prompt, row) for row, prompt in enumerate(batch.prompts)]
+        trained = {key: p.clone() for key, p in method.job.weights.items()}
+        for key, parameter in method.job.weights.items():
+            parameter.copy_(method.job.base[key])
+        errors = []
+        for row, prompt in enumerate(batch.prompts):
+            without = predicted("", row)
+            goal = without - 2.0 * (predicted(prompt, row) - without)
+            errors.append((student[row] - goal).square().mean())
+        for key, parameter in method.job.weights.items():
+            parameter.copy_(trained[key])
+    method.step(batch)
+    torch.testing.assert_close(losses[0], torch.stack(errors).mean(), rtol=1e-4, atol=1e-6)
+
+
+def test_erase_from_starts_from_what_it_is_erased_from(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    method, losses = begun(tiny_pipeline_folder, tmp_path, "method.erase_from=a dog")
+    assert method.prompts == ["a dog"]
+    batch = a_batch(method, ["a dog"])
+    model = method.job.model
+    with torch.no_grad():
+        dog, cat, empty = (model.predict(batch.latents, batch.t, model.encode([p])) for p in ("a dog", "a cat", ""))
+        # Before the first step the student is the teacher, so only the direction away from the concept remains.
+        expected = ((dog - (dog - (cat - empty))) ** 2).mean()
+    method.step(batch)
+    torch.testing.assert_close(losses[0], expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("latents", ["bank", "fresh"])
+def test_batches_are_a_function_of_seed_and_step(latents: str, tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    def rows(start: int) -> list[Batch]:
+        method, _ = begun(tiny_pipeline_folder, tmp_path, f"method.latents={latents}", "method.steps=4")
+        return list(method.batches(start))
+
+    whole, tail = rows(0), rows(2)
+    assert len(whole) == 4 and len(tail) == 2
+    for one, other in zip(whole[2:], tail, strict=True):
+        assert one.latents.equal(other.latents) and one.t.equal(other.t) and one.prompts == other.prompts
+    assert not whole[0].latents.equal(whole[1].latents)
+
+
+@pytest.mark.parametrize("latents", ["bank", "fresh"])
+def test_ranks_share_a_batch_without_overlap(latents: str, tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    method, _ = begun(tiny_pipeline_folder, tmp_path, f"method.latents={latents}")
+    whole = next(method.batches(0))
+    parts = []
+    for rank in (0, 1):
+        object.__setattr__(method.job, "mine", slice(rank, None, 2))
+        parts.append(next(method.batches(0)))
+    assert [len(part.t) for part in parts] == [4, 4]
+    for rank, part in enumerate(parts):
+        torch.testing.assert_close(part.latents, whole.latents[rank::2], rtol=1e-4, atol=1e-5)
+        assert part.prompts == whole.prompts[rank::2]
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [("variant=y", "method.variant"), ("latents=stale", "method.latents"), ("steps=0", "method.steps"), ("lr=0", "lr")],
+)
+def test_bad_options_are_refused(option: str, said: str) -> None:
+    from unpaint.errors import UserError
+
+    arguments: Any = compose([f"method.{option}"]).method
+    with pytest.raises(UserError, match=said):
+        instantiate(arguments)
