@@ -199,7 +199,7 @@ def _copy(source: Path, target: Path) -> None:
 def _erased(this: Run, model: Any) -> dict[str, Any]:
     """Makes the edit unless it is there; returns its cost."""
     from unpaint.training.erasing import Erasing, Probe, SaveState, ShowProgress
-    from unpaint.training.launch import new_logger, new_trainer
+    from unpaint.training.launch import close, new_logger, new_trainer
 
     cached, cost_file = _cached_edit(this)
     if _edit_is_there(this):
@@ -214,7 +214,10 @@ def _erased(this: Run, model: Any) -> dict[str, Any]:
     callbacks.append(SaveState(state, cfg.checkpoint_seconds))
     logger = new_logger(cfg, this.folder, run_id(cfg), _steps_in(state))
     trainer = new_trainer(cfg, this.folder, callbacks, logger)
-    trainer.fit(module, ckpt_path=state if state.exists() else None, weights_only=True)
+    try:
+        trainer.fit(module, ckpt_path=state if state.exists() else None, weights_only=True)
+    finally:
+        close(logger)
     if trainer.interrupted:
         raise KeyboardInterrupt
     started = time.perf_counter()
@@ -261,7 +264,7 @@ def _peak_memory() -> int:
 def _evaluated(this: Run, model: Any, edit_file: Path, record: RunRecord) -> None:
     """Paints what is missing, unedited and edited, and fills the record."""
     from unpaint.edit import Edit
-    from unpaint.training.launch import new_trainer
+    from unpaint.training.launch import mirror, new_trainer
     from unpaint.training.painting import paint_all
 
     cfg, evaluator = this.cfg, this.evaluator
@@ -279,7 +282,8 @@ def _evaluated(this: Run, model: Any, edit_file: Path, record: RunRecord) -> Non
     edit.remove(model.pipe)
     record.metrics = evaluator.score(store, edited, base, batches, model.device)
     if trainer.is_global_zero:
-        evaluator.grid(store, edited, base, batches, this.concept, this.folder / "images" / "grid.png")
+        grid = evaluator.grid(store, edited, base, batches, this.concept, this.folder / "images" / "grid.png")
+        mirror(cfg, this.folder, record.run_id, record.metrics, grid)
     record.cost |= {
         "evaluate_seconds": round(time.perf_counter() - started, 3),
         "changed_parameters": edit.changed_parameters,

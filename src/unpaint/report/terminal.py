@@ -33,7 +33,7 @@ def show(record: RunRecord, files: Mapping[str, Path | str] | None = None, conso
     table = Table(title=_title(record), title_justify="left", title_style="bold", caption=_CAPTION, box=SIMPLE_HEAD)
     table.caption_justify = "left"
     table.add_column("what was measured", overflow="fold", min_width=20)
-    headings = ["unedited", "edited", "95 % interval", "pictures", "in short"]
+    headings = ["unedited", "edited", "95 % interval", "n", "in short"]
     if console.width < NARROW:
         headings = ["unedited", "edited", "in short"]
     for heading in headings:
@@ -43,7 +43,7 @@ def show(record: RunRecord, files: Mapping[str, Path | str] | None = None, conso
             "unedited": _number(metric, "base"),
             "edited": f"[bold]{_number(metric, 'value')}[/bold]",
             "95 % interval": f"{_number(metric, 'low', '')} – {_number(metric, 'high')}",
-            "pictures": str(metric.get("n", "–")),
+            "n": str(metric.get("n", "–")),
             "in short": verdict(name, metric),
         }
         words = f"{_in_words(metric.get('title', ''), record)} [dim]{name}[/dim]".strip()
@@ -58,7 +58,7 @@ def show(record: RunRecord, files: Mapping[str, Path | str] | None = None, conso
     _pairs(console, "written", [(what, str(path)) for what, path in (files or {}).items()])
 
 
-_CAPTION = "Both models painted the same prompts from the same seeds. The interval is about the edited model's number."
+_CAPTION = "Same prompts and seeds for both models. The interval is that of the edited model; n counts pictures."
 
 
 def _pairs(console: "Console", heading: str, lines: Sequence[tuple[str, str]]) -> None:

@@ -43,12 +43,40 @@ def new_logger(cfg: DictConfig, folder: Path, run_id: str, start: int) -> Logger
     if cfg.logger.name == "csv":
         return CSVLogger(save_dir=folder, name="log", version=f"from_step_{start}")
     if cfg.logger.name == "wandb":
+        import wandb
         from lightning.pytorch.loggers import WandbLogger
 
-        settings = {key: value for key, value in cfg.logger.items() if key not in ("name", "mode")}
-        return WandbLogger(save_dir=folder, id=run_id, resume="allow", offline=cfg.logger.mode == "offline", **settings)
+        keys = ["project", "entity", "group", "tags"]
+        settings: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg.logger, keys))
+        mode = str(cfg.logger.mode)
+        if mode == "auto":
+            mode = "online" if wandb.login(prompt=False) else "offline"
+        folder.mkdir(parents=True, exist_ok=True)
+        # Not WandbLogger's own `offline`: it sets an environment variable that outlives the run.
+        return WandbLogger(save_dir=folder, id=run_id, resume="allow", mode=mode, **settings)
     name = str(cfg.logger.name)
     raise UserError(f"logger is csv, wandb or none, not '{name}'{nearest(name, ('csv', 'wandb', 'none'))}")
+
+
+def close(logger: Logger | None) -> None:
+    """Ends what the logger opened: a wandb run would otherwise swallow the next run of the same process."""
+    if logger is not None:
+        logger.finalize("success")
+        if hasattr(logger.experiment, "finish"):
+            logger.experiment.finish()
+
+
+def mirror(cfg: DictConfig, folder: Path, run_id: str, metrics: dict[str, dict[str, Any]], picture: Path) -> None:
+    """The record's numbers and the before/after picture, to wandb if that is the logger."""
+    if cfg.logger.name != "wandb":
+        return
+    from lightning.pytorch.loggers import WandbLogger
+
+    logger = new_logger(cfg, folder, run_id, 0)
+    assert isinstance(logger, WandbLogger)
+    logger.log_metrics({name: metric["value"] for name, metric in metrics.items()})
+    logger.log_image("before and after", [str(picture)])
+    close(logger)
 
 
 def _quiet() -> None:
