@@ -196,7 +196,7 @@ def load_model(cfg: DictConfig | Mapping[str, Any]) -> TextToImage:
         if cfg.get("hub") and not cfg.get("path"):
             pipe = _from_hub(str(cfg["hub"]), DTYPES[dtype_name])
         else:
-            pipe = _from_folder(Path(cfg.get("path") or BUILT_IN), DTYPES[dtype_name])
+            pipe = _from_folder(Path(cfg.get("path") or BUILT_IN).expanduser(), DTYPES[dtype_name])
     return TextToImage(pipe.to(device), str(cfg["name"]))
 
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -23,12 +24,13 @@ from omegaconf import DictConfig, OmegaConf
 from unpaint.concepts import Concept
 from unpaint.config import edit_id, identity, instantiate, run_folder, run_id
 from unpaint.edit_header import read_header
-from unpaint.errors import UserError
+from unpaint.errors import UserError, environment_fault
 from unpaint.evaluation.pictures import Batch, PictureStore, picture_key
 from unpaint.evaluation.suite import Evaluator
 from unpaint.methods.base import Method
 from unpaint.report.terminal import show
 from unpaint.results import FILE_NAME, RunLock, RunRecord, environment, write_json
+from unpaint.training.launch import close, is_rank_zero, mirror, new_logger, new_trainer
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Run:
     cfg: DictConfig
     folder: Path
     concept: Concept
-    method: Method
+    method: Method | None
     evaluator: Evaluator
 
     @property
@@ -53,36 +55,46 @@ class Run:
 def run(cfg: DictConfig) -> RunRecord:
     """Erase, then evaluate. What is complete is not done again; what was interrupted goes on."""
     this = _prepared(cfg)
-    if (done := _finished(this)) is not None:
-        return done
-    with _recording(this) as record:
-        model = _load(this)
-        cost = _erased(this, model)
-        record.cost.update(cost)
-        _evaluated(this, model, this.edit_file, record)
+    this.evaluator.plan(this.concept, int(cfg.seed))
+    with _locked(this):
+        if (record := _finished(this)) is None:
+            with _recording(this) as record:
+                model = _load(this)
+                record.cost.update(_erased(this, model))
+                _evaluated(this, model, this.edit_file, record)
     return _shown(this, record)
 
 
 def erase(cfg: DictConfig) -> Path:
-    """The erasing half of `run`: the file of the edit, in the run's folder."""
+    """The erasing half of `run`: the file of the edit, in the run's folder. Needs no detector if `probes` is 0."""
     this = _prepared(cfg)
+    if cfg.probes:
+        try:
+            this.evaluator.plan(this.concept, int(cfg.seed))
+        except UserError as error:
+            raise UserError(f"{error}; to erase without measuring: probes=0") from error
     with _locked(this):
+        if cfg.force:
+            _forget(this)
         if not _edit_is_there(this):
             _erased(this, _load(this))
-    if _is_rank_zero():
+    if is_rank_zero():
         print(this.edit_file)
     return this.edit_file
 
 
 def evaluate(cfg: DictConfig) -> RunRecord:
-    """Evaluate the edit in `cfg.edit`; its record says nothing of what the erasing cost."""
-    this = _prepared(cfg)
-    if (done := _finished(this)) is not None:
-        return done
-    with _recording(this) as record:
-        if _is_rank_zero():
-            shutil.copyfile(Path(str(cfg.edit)).expanduser(), this.edit_file)
-        _evaluated(this, _load(this), Path(str(cfg.edit)).expanduser(), record)
+    """Evaluate the edit in `cfg.edit` on `cfg.concept`; the record says nothing of what the erasing cost."""
+    concept, evaluator = instantiate(cfg.concept, cfg.plugins), instantiate(cfg.evaluator, cfg.plugins)
+    this = Run(cfg, run_folder(cfg), concept, None, evaluator)
+    evaluator.plan(concept, int(cfg.seed))
+    with _locked(this):
+        if (record := _finished(this)) is None:
+            with _recording(this) as record:
+                given = Path(str(cfg.edit)).expanduser()
+                if is_rank_zero() and not (this.edit_file.exists() and this.edit_file.samefile(given)):
+                    _copy(given, this.edit_file)
+                _evaluated(this, _load(this), given, record)
     return _shown(this, record)
 
 
@@ -92,35 +104,41 @@ def evaluate(cfg: DictConfig) -> RunRecord:
 def _prepared(cfg: DictConfig) -> Run:
     concept: Concept = instantiate(cfg.concept, cfg.plugins)
     method: Method = instantiate(cfg.method, cfg.plugins)
-    evaluator: Evaluator = instantiate(cfg.evaluator, cfg.plugins)
-    if not cfg.edit:
-        method.check(concept)
-    evaluator.plan(concept, cfg.seed)
-    return Run(cfg, run_folder(cfg), concept, method, evaluator)
+    method.check(concept)
+    if cfg.model.dtype != "float32" and "mixed" not in str(cfg.trainer.precision):
+        raise UserError(
+            f"model.dtype={cfg.model.dtype}: what is trained stays in float32, which takes "
+            f"trainer.precision=bf16-mixed (or 16-mixed), not {cfg.trainer.precision}"
+        )
+    return Run(cfg, run_folder(cfg), concept, method, instantiate(cfg.evaluator, cfg.plugins))
 
 
 def _finished(this: Run) -> RunRecord | None:
-    """The record, if this run is complete (printed again), else None; with `force` what there is is removed."""
+    """The record of a run that is complete and need not be done again."""
     file = this.folder / FILE_NAME
-    if this.cfg.force and _is_rank_zero():
-        for old in (file, this.edit_file, *_cached_edit(this)):
-            old.unlink(missing_ok=True)
-        shutil.rmtree(this.folder / "checkpoints", ignore_errors=True)
-    if not file.exists() or this.cfg.force:
+    if this.cfg.force:
+        _forget(this)
+        return None
+    if not file.exists():
         return None
     record = RunRecord.load(file)
-    return _shown(this, record) if record.status == "complete" else None
+    return record if record.status == "complete" else None
 
 
-def _is_rank_zero() -> bool:
-    from lightning.pytorch.utilities.rank_zero import rank_zero_only
-
-    return int(rank_zero_only.rank or 0) == 0
+def _forget(this: Run) -> None:
+    """Removes what the run left, and the shared edit if it is the run's own to make; shared pictures stay."""
+    if not is_rank_zero():
+        return
+    (this.folder / FILE_NAME).unlink(missing_ok=True)
+    if this.method is not None:
+        for file in (this.edit_file, *_cached_edit(this)):
+            file.unlink(missing_ok=True)
+    shutil.rmtree(this.folder / "checkpoints", ignore_errors=True)
 
 
 @contextmanager
 def _locked(this: Run) -> Iterator[None]:
-    with RunLock(this.folder) if _is_rank_zero() else nullcontext():
+    with RunLock(this.folder) if is_rank_zero() else nullcontext():
         yield
 
 
@@ -133,7 +151,7 @@ def _recording(this: Run) -> Iterator[RunRecord]:
     record = RunRecord(
         run_id=run_id(cfg),
         status="interrupted",
-        started=_now(),
+        started=_started(this) or _now(),
         finished=None,
         method=str(cfg.method.name),
         concept=this.concept.name,
@@ -141,20 +159,29 @@ def _recording(this: Run) -> Iterator[RunRecord]:
         seed=int(cfg.seed),
         config={str(key): value for key, value in config.items()},
     )
-    with _locked(this):
-        if _is_rank_zero():
+    if is_rank_zero():
+        record.save(this.folder)
+        OmegaConf.save(OmegaConf.create(config), this.folder / "config.yaml")
+    try:
+        yield record
+        record.status = "complete"
+    except Exception as error:
+        # On a full disk nothing more can be written; `interrupted` stands there already.
+        record.status = "interrupted" if environment_fault(error) else "failed"
+        raise
+    finally:
+        record.finished = None if record.status == "interrupted" else _now()
+        if is_rank_zero() and record.status != "interrupted":
             record.save(this.folder)
-            OmegaConf.save(OmegaConf.create(config), this.folder / "config.yaml")
-        try:
-            yield record
-            record.status = "complete"
-        except Exception:
-            record.status = "failed"
-            raise
-        finally:
-            record.finished = None if record.status == "interrupted" else _now()
-            if _is_rank_zero() and (record.status != "failed" or not isinstance(sys.exception(), OSError)):
-                record.save(this.folder)
+
+
+def _started(this: Run) -> str | None:
+    """When the run began, if it was interrupted."""
+    try:
+        record = RunRecord.load(this.folder)
+    except UserError:
+        return None
+    return record.started if record.status == "interrupted" else None
 
 
 def _now() -> str:
@@ -184,7 +211,7 @@ def _edit_is_there(this: Run) -> bool:
         json.loads(cost.read_text())
     except (UserError, OSError, ValueError):
         return False
-    if _is_rank_zero():
+    if is_rank_zero():
         _copy(cached, this.edit_file)
     return True
 
@@ -199,13 +226,13 @@ def _copy(source: Path, target: Path) -> None:
 def _erased(this: Run, model: Any) -> dict[str, Any]:
     """Makes the edit unless it is there; returns its cost."""
     from unpaint.training.erasing import Erasing, Probe, SaveState, ShowProgress
-    from unpaint.training.launch import close, new_logger, new_trainer
 
     cached, cost_file = _cached_edit(this)
     if _edit_is_there(this):
         return json.loads(cost_file.read_text())
     cfg, state = this.cfg, this.folder / "checkpoints" / "last.ckpt"
     state.parent.mkdir(parents=True, exist_ok=True)
+    assert this.method is not None
     module = Erasing(this.method, model, this.concept, int(cfg.seed), identity(cfg), this.cache)
     callbacks = [ShowProgress(f"erasing {this.concept.target} with {this.method.name}")]
     if cfg.probes:
@@ -224,7 +251,6 @@ def _erased(this: Run, model: Any) -> dict[str, Any]:
     edit = module.finish()
     cost = {
         "erase_seconds": round(module.seconds + time.perf_counter() - started, 3),
-        "seconds_to_ua95": None if module.seconds_to_ua95 is None else round(module.seconds_to_ua95, 3),
         "optimizer_steps": module.optimizer_steps,
         "peak_memory_bytes": _peak_memory(),
         "trainable_parameters": sum(p.numel() for p in module.weights.values()),
@@ -232,6 +258,8 @@ def _erased(this: Run, model: Any) -> dict[str, Any]:
         "edit_bytes": edit.nbytes,
         "world_size": trainer.world_size,
     }
+    if cfg.probes:
+        cost["seconds_to_ua95"] = None if module.seconds_to_ua95 is None else round(module.seconds_to_ua95, 3)
     if trainer.is_global_zero:
         cached.parent.mkdir(parents=True, exist_ok=True)
         edit.save(cached)
@@ -245,7 +273,12 @@ def _erased(this: Run, model: Any) -> dict[str, Any]:
 def _steps_in(state: Path) -> int:
     import torch
 
-    return torch.load(state, map_location="cpu", weights_only=True)["unpaint"]["steps_done"] if state.exists() else 0
+    if not state.exists():
+        return 0
+    try:
+        return int(torch.load(state, map_location="cpu", weights_only=True)["unpaint"]["steps_done"])
+    except (RuntimeError, EOFError, KeyError, UnpicklingError) as error:
+        raise UserError(f"the saved state '{state}' is damaged; force=true starts over") from error
 
 
 def _peak_memory() -> int:
@@ -264,7 +297,6 @@ def _peak_memory() -> int:
 def _evaluated(this: Run, model: Any, edit_file: Path, record: RunRecord) -> None:
     """Paints what is missing, unedited and edited, and fills the record."""
     from unpaint.edit import Edit
-    from unpaint.training.launch import mirror, new_trainer
     from unpaint.training.painting import paint_all
 
     cfg, evaluator = this.cfg, this.evaluator
@@ -273,7 +305,8 @@ def _evaluated(this: Run, model: Any, edit_file: Path, record: RunRecord) -> Non
     edit = Edit.load(edit_file)
     store = PictureStore(this.cache)
     batches: list[Batch] = evaluator.plan(this.concept, int(cfg.seed))
-    base, edited = picture_key(model), picture_key(model, edit.id)
+    precision = str(cfg.trainer.precision)
+    base, edited = picture_key(model, precision), picture_key(model, precision, edit.id)
     paint_all(trainer, evaluator, model, store, base, batches, "painting, unedited")
     started = time.perf_counter()
     edit.apply(model.pipe)
@@ -284,17 +317,18 @@ def _evaluated(this: Run, model: Any, edit_file: Path, record: RunRecord) -> Non
     if trainer.is_global_zero:
         grid = evaluator.grid(store, edited, base, batches, this.concept, this.folder / "images" / "grid.png")
         mirror(cfg, this.folder, record.run_id, record.metrics, grid)
-    record.cost |= {
-        "evaluate_seconds": round(time.perf_counter() - started, 3),
-        "changed_parameters": edit.changed_parameters,
-        "edit_bytes": edit.nbytes,
-        "world_size": trainer.world_size,
-    }
+    record.cost["evaluate_seconds"] = round(time.perf_counter() - started, 3)
+    for key, value in (
+        ("changed_parameters", edit.changed_parameters),
+        ("edit_bytes", edit.nbytes),
+        ("world_size", trainer.world_size),
+    ):
+        record.cost.setdefault(key, value)
     record.environment = environment(str(model.device))
 
 
 def _shown(this: Run, record: RunRecord) -> RunRecord:
-    if _is_rank_zero():
+    if is_rank_zero():
         grid = this.folder / "images" / "grid.png"
         show(record, {"record": this.folder / FILE_NAME, "edit": this.edit_file, "before and after": grid})
     return record

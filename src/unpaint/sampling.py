@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -224,7 +225,7 @@ class Bank:
 
     latents (size, steps, C, h, w) float16, `latents[i, k]` after k steps, at noise level timesteps[k] (steps,);
     trajectory i was painted for prompt `i % len(prompts)`, with guidance. All on the CPU; what `draw` returns is on
-    `device` in `dtype`.
+    `device` in `dtype`. `saved_seconds` is what painting them took another run; 0 if this call painted them.
     """
 
     latents: Tensor
@@ -232,6 +233,7 @@ class Bank:
     prompts: tuple[str, ...]
     device: torch.device
     dtype: torch.dtype
+    saved_seconds: float
 
     @classmethod
     def build(
@@ -255,14 +257,17 @@ class Bank:
         key = _bank_key(model, prompts, size, sampler, seed, batch_size)
         path = folder / f"bank-{key}.safetensors" if folder else None
         shape = (size, sampler.steps, *model.latent_shape)
-        latents = _read_bank(path, shape) if path else None
-        if latents is None:
-            latents = _paint_bank(model, prompts, shape, sampler, seed, progress, batch_size)
+        stored = _read_bank(path, shape) if path else None
+        if stored is None:
+            started = time.perf_counter()
+            latents, saved = _paint_bank(model, prompts, shape, sampler, seed, progress, batch_size), 0.0
             if path:
-                _write_bank(path, latents)
-        elif progress:
-            progress(size)
-        return cls(latents, sampler.timesteps(model).cpu(), tuple(prompts), model.device, model.dtype)
+                _write_bank(path, latents, time.perf_counter() - started)
+        else:
+            latents, saved = stored
+            if progress:
+                progress(size)
+        return cls(latents, sampler.timesteps(model).cpu(), tuple(prompts), model.device, model.dtype, saved)
 
     def draw(self, seed: int, step: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
         """The n rows of training step `step`: latents (n, C, h, w), t (n,) and the index (n,) of each row's prompt.
@@ -328,22 +333,23 @@ def _digest(latents: Tensor) -> str:
     return hashlib.sha256(latents.contiguous().numpy().data).hexdigest()
 
 
-def _write_bank(path: Path, latents: Tensor) -> None:
+def _write_bank(path: Path, latents: Tensor, seconds: float) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        save_file({"latents": latents}, beside, metadata={"sha256": _digest(latents)})
+        save_file({"latents": latents}, beside, metadata={"sha256": _digest(latents), "seconds": f"{seconds:.3f}"})
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
 
 
-def _read_bank(path: Path, shape: tuple[int, ...]) -> Tensor | None:
-    """The stored latents, or None if there are none or they are not what was written."""
+def _read_bank(path: Path, shape: tuple[int, ...]) -> tuple[Tensor, float] | None:
+    """The stored latents and how long they took, or None if there are none or they are not what was written."""
     try:
         with safe_open(path, framework="pt") as file:
             latents = file.get_tensor("latents")
-            intact = (file.metadata() or {}).get("sha256") == _digest(latents)
+            metadata = file.metadata() or {}
     except (FileNotFoundError, SafetensorError):
         return None
-    return latents if intact and tuple(latents.shape) == shape else None
+    intact = metadata.get("sha256") == _digest(latents) and tuple(latents.shape) == shape
+    return (latents, float(metadata["seconds"])) if intact else None

@@ -31,6 +31,7 @@ def begun(folder: Path, tmp_path: Path, *options: str) -> tuple[ESD, list[torch.
         mine=slice(None),
         update=lambda loss, i=0: losses.append(loss),
         progress=lambda text, total: lambda n: None,
+        account=lambda seconds: None,
     )
     method.begin(job)
     return method, losses

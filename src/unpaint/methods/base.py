@@ -26,7 +26,7 @@ class Job:
     header. `cache` is a folder that runs share; what a method keeps there is keyed by all it depends on. `mine` is this
     rank's share of a global batch of rows. `update(loss, i=0)` clears the gradients of optimiser i, back-propagates
     `loss` (gradients are averaged over ranks) and steps. `progress(text, total)` opens a bar, returns its advance
-    function.
+    function. `account(seconds)` adds what another run spent on something reused here, so that costs compare.
     """
 
     model: TextToImage
@@ -39,6 +39,7 @@ class Job:
     mine: slice
     update: Callable[..., None]
     progress: Callable[[str, int], Callable[[int], None]]
+    account: Callable[[float], None]
 
 
 class Method(Protocol):

@@ -90,7 +90,10 @@ class ESD:
     def _bank(self) -> Bank:
         job = self.job
         advance = job.progress("trajectories of the unedited model", self.bank_size)
-        return Bank.build(job.model, self.prompts, self.bank_size, self.sampler, job.seed, job.cache / "banks", advance)
+        folder = job.cache / "banks"
+        bank = Bank.build(job.model, self.prompts, self.bank_size, self.sampler, job.seed, folder, advance)
+        job.account(bank.saved_seconds)
+        return bank
 
     def optimizers(self) -> list[Optimizer]:
         return [Adam(self.job.weights.values(), lr=self.lr)]

@@ -40,7 +40,7 @@ class Plan:
     work: Path
     device: torch.device
     autoencoder_steps: int = 1800
-    detector_steps: int = 1200
+    detector_steps: int = 1800
     clip_steps: int = 900
     denoiser_steps: int = 9000
     seed: int = 0
@@ -222,7 +222,9 @@ def text_tower(clip: CLIPModel) -> dict[str, Tensor]:
 
 
 def write_provenance(plan: Plan) -> None:
-    files = sorted(p for p in WEIGHTS.rglob("*") if p.is_file() and p.name not in ("provenance.json", "README.md"))
+    files = sorted(
+        p for p in WEIGHTS.rglob("*") if p.is_file() and p.name not in ("provenance.json", "quality.json", "README.md")
+    )
     drawn = hashlib.sha256()
     for file in sorted(plan.drawings.glob("held_out-*.npy")):
         drawn.update(file.read_bytes())

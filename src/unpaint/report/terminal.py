@@ -100,6 +100,8 @@ def verdict(name: str, metric: Mapping[str, Any]) -> str:
     if value is None:
         return "not measured"
     if name.startswith("erasure/"):
+        if base is not None and base >= 0.8:
+            return "never painted"
         return (
             "[green]erased[/green]" if value >= 0.95 else "partly erased" if value >= 0.8 else "[red]not erased[/red]"
         )

@@ -72,7 +72,11 @@ class Erasing(LightningModule):
             mine=slice(rank, None, world),
             update=self.update,
             progress=lambda text, total: bar(text, total, show=show),
+            account=self._account,
         )
+
+    def _account(self, seconds: float) -> None:
+        self.seconds += seconds
 
     def finish(self) -> Edit:
         """The method's edit; the model is left as it was before."""
@@ -189,8 +193,8 @@ class Probe(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, Erasing)
-        every = max(1, pl_module.method.steps // self.times)
-        if pl_module.seconds_to_ua95 is not None or pl_module.steps_done % every:
+        due = {round((i + 1) * pl_module.method.steps / self.times) for i in range(self.times)}
+        if pl_module.seconds_to_ua95 is not None or pl_module.steps_done not in due:
             return
         reached = False
         if trainer.is_global_zero:

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from unpaint.errors import UserError, nearest
@@ -32,7 +33,8 @@ def new_trainer(cfg: DictConfig, folder: Path, callbacks: list[Callback], logger
             inference_mode=False,
         )
     except (TypeError, ValueError, RuntimeError, MisconfigurationException) as error:
-        raise UserError(f"trainer: {str(error).splitlines()[0]}") from error
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"trainer: {line}") from error
 
 
 def new_logger(cfg: DictConfig, folder: Path, run_id: str, start: int) -> Logger | None:
@@ -79,8 +81,18 @@ def mirror(cfg: DictConfig, folder: Path, run_id: str, metrics: dict[str, dict[s
     close(logger)
 
 
+def is_rank_zero() -> bool:
+    """Whether this process prints and writes what is written once. Known before there is a Trainer."""
+    return int(rank_zero_only.rank or 0) == 0
+
+
 def _quiet() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    for text in (".*does not have many workers.*", ".*`isinstance.treespec.*", ".*LeafSpec.*", ".*GPU available but.*"):
+    for text in (
+        ".*does not have many workers.*",
+        ".*LeafSpec.*",
+        ".*GPU available but.*",
+        ".*predict returned None.*",
+    ):
         warnings.filterwarnings("ignore", message=text)
