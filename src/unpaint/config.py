@@ -36,7 +36,7 @@ from unpaint.listing import conf_dir
 ALLOWED_TARGETS = ("unpaint", "torch.optim", "lightning", "torchmetrics", "transformers", "diffusers")
 HYDRA_VERSION_BASE = "1.3"
 # What a model is called here and where it lies says nothing about the pictures that it paints.
-_NOT_IDENTITY = ("path", "hub", "device")
+_NOT_IDENTITY = ("path", "hub")
 
 
 @dataclass(frozen=True)
@@ -414,7 +414,7 @@ def _check_target(target: str, plugins: Iterable[str]) -> None:
 
 
 def identity(cfg: DictConfig) -> dict[str, Any]:
-    """What an edit's header holds of the config: resolved model, concept, method and seed; no path, hub or device."""
+    """What an edit's header holds of the config: resolved model, concept, method and seed; no path and no hub."""
     plain = _plain({part: cfg[part] for part in ("model", "concept", "method", "seed")})
     plain["model"] = {key: value for key, value in plain["model"].items() if key not in _NOT_IDENTITY}
     return plain

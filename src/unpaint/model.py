@@ -83,7 +83,8 @@ class TextToImage:
         if isinstance(prompts, str):
             raise TypeError("encode takes a list of prompts, not one string")
         # The cache must hold ordinary tensors: inference tensors cannot take part in training later.
-        with torch.inference_mode(False), torch.no_grad():
+        # And full precision: under autocast what is remembered would depend on who asked first.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             return torch.cat([self._encode_one(prompt) for prompt in prompts])
 
     def _encode_one(self, prompt: str) -> Tensor:

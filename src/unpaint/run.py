@@ -28,6 +28,7 @@ from unpaint.errors import UserError, environment_fault
 from unpaint.evaluation.pictures import Batch, PictureStore, picture_key
 from unpaint.evaluation.suite import Evaluator
 from unpaint.methods.base import Method
+from unpaint.progress import close_all
 from unpaint.report.terminal import show
 from unpaint.results import FILE_NAME, RunLock, RunRecord, environment, write_json
 from unpaint.training.launch import close, is_rank_zero, mirror, new_logger, new_trainer
@@ -62,6 +63,7 @@ def run(cfg: DictConfig) -> RunRecord:
                 model = _load(this)
                 record.cost.update(_erased(this, model))
                 _evaluated(this, model, this.edit_file, record)
+            _mirrored(this, record)
     return _shown(this, record)
 
 
@@ -95,6 +97,7 @@ def evaluate(cfg: DictConfig) -> RunRecord:
                 if is_rank_zero() and not (this.edit_file.exists() and this.edit_file.samefile(given)):
                     _copy(given, this.edit_file)
                 _evaluated(this, _load(this), given, record)
+            _mirrored(this, record)
     return _shown(this, record)
 
 
@@ -138,8 +141,11 @@ def _forget(this: Run) -> None:
 
 @contextmanager
 def _locked(this: Run) -> Iterator[None]:
-    with RunLock(this.folder) if is_rank_zero() else nullcontext():
-        yield
+    try:
+        with RunLock(this.folder) if is_rank_zero() else nullcontext():
+            yield
+    finally:
+        close_all()
 
 
 @contextmanager
@@ -191,7 +197,8 @@ def _now() -> str:
 def _load(this: Run) -> Any:
     from unpaint.model import load_model
 
-    return load_model(this.cfg.model)
+    # The trainer moves it to its device.
+    return load_model({**this.cfg.model, "device": "cpu"})
 
 
 # --- erasing --------------------------------------------------------------------------------------------------------
@@ -213,6 +220,7 @@ def _edit_is_there(this: Run) -> bool:
         return False
     if is_rank_zero():
         _copy(cached, this.edit_file)
+        shutil.rmtree(this.folder / "checkpoints", ignore_errors=True)
     return True
 
 
@@ -239,14 +247,14 @@ def _erased(this: Run, model: Any) -> dict[str, Any]:
         accuracy = lambda: this.evaluator.unlearning_accuracy(model, this.concept, int(cfg.seed))  # noqa: E731
         callbacks.append(Probe(cfg.probes, accuracy))
     callbacks.append(SaveState(state, cfg.checkpoint_seconds))
-    logger = new_logger(cfg, this.folder, run_id(cfg), _steps_in(state))
+    logger = new_logger(cfg, this.folder, run_id(cfg), _steps_in(state) if cfg.logger.name == "csv" else 0)
     trainer = new_trainer(cfg, this.folder, callbacks, logger)
     try:
         trainer.fit(module, ckpt_path=state if state.exists() else None, weights_only=True)
-    finally:
-        close(logger)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    except BaseException:
+        close(logger, failed=True)
+        raise
+    close(logger)
     started = time.perf_counter()
     edit = module.finish()
     cost = {
@@ -276,7 +284,7 @@ def _steps_in(state: Path) -> int:
     if not state.exists():
         return 0
     try:
-        return int(torch.load(state, map_location="cpu", weights_only=True)["unpaint"]["steps_done"])
+        return int(torch.load(state, map_location="cpu", weights_only=True, mmap=True)["unpaint"]["steps_done"])
     except (RuntimeError, EOFError, KeyError, UnpicklingError) as error:
         raise UserError(f"the saved state '{state}' is damaged; force=true starts over") from error
 
@@ -300,23 +308,25 @@ def _evaluated(this: Run, model: Any, edit_file: Path, record: RunRecord) -> Non
     from unpaint.training.painting import paint_all
 
     cfg, evaluator = this.cfg, this.evaluator
-    trainer = new_trainer(cfg, this.folder, [])
+    # Always in the model's own precision: what is measured must not depend on how it was trained.
+    trainer = new_trainer(cfg, this.folder, [], precision="32-true")
     model.to(trainer.strategy.root_device)
-    edit = Edit.load(edit_file)
     store = PictureStore(this.cache)
     batches: list[Batch] = evaluator.plan(this.concept, int(cfg.seed))
-    precision = str(cfg.trainer.precision)
-    base, edited = picture_key(model, precision), picture_key(model, precision, edit.id)
+    base = picture_key(model)
     paint_all(trainer, evaluator, model, store, base, batches, "painting, unedited")
     started = time.perf_counter()
+    edit = Edit.load(edit_file)
+    edited = picture_key(model, edit.id)
     edit.apply(model.pipe)
-    trainer = new_trainer(cfg, this.folder, [])
-    paint_all(trainer, evaluator, model, store, edited, batches, "painting, edited")
-    edit.remove(model.pipe)
+    try:
+        trainer = new_trainer(cfg, this.folder, [], precision="32-true")
+        paint_all(trainer, evaluator, model, store, edited, batches, "painting, edited")
+    finally:
+        edit.remove(model.pipe)
     record.metrics = evaluator.score(store, edited, base, batches, model.device)
     if trainer.is_global_zero:
-        grid = evaluator.grid(store, edited, base, batches, this.concept, this.folder / "images" / "grid.png")
-        mirror(cfg, this.folder, record.run_id, record.metrics, grid)
+        evaluator.grid(store, edited, base, batches, this.concept, _grid(this))
     record.cost["evaluate_seconds"] = round(time.perf_counter() - started, 3)
     for key, value in (
         ("changed_parameters", edit.changed_parameters),
@@ -327,8 +337,16 @@ def _evaluated(this: Run, model: Any, edit_file: Path, record: RunRecord) -> Non
     record.environment = environment(str(model.device))
 
 
+def _grid(this: Run) -> Path:
+    return this.folder / "images" / "grid.png"
+
+
+def _mirrored(this: Run, record: RunRecord) -> None:
+    if is_rank_zero():
+        mirror(this.cfg, this.folder, record.run_id, record.metrics, _grid(this))
+
+
 def _shown(this: Run, record: RunRecord) -> RunRecord:
     if is_rank_zero():
-        grid = this.folder / "images" / "grid.png"
-        show(record, {"record": this.folder / FILE_NAME, "edit": this.edit_file, "before and after": grid})
+        show(record, {"record": this.folder / FILE_NAME, "edit": this.edit_file, "before and after": _grid(this)})
     return record

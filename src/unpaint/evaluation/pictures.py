@@ -60,13 +60,13 @@ def batches_of(cases: Sequence[Case], size: int, sampler: Sampler) -> list[Batch
     return batches
 
 
-def picture_key(model: TextToImage, precision: str, edit: str | None = None) -> str:
+def picture_key(model: TextToImage, edit: str | None = None) -> str:
     """The store's key for what this model paints, unedited or with the edit of that id.
 
-    Scheduler, device, dtype and the trainer's precision count: a GPU's picture must not stand in for a CPU's.
+    Scheduler, device and dtype count: a GPU's picture must not stand in for a CPU's.
     """
     scheduler = {name: str(value) for name, value in model.scheduler_config.items() if not name.startswith("_")}
-    content = [model.fingerprint, scheduler, model.device.type, str(model.dtype), precision]
+    content = [model.fingerprint, scheduler, model.device.type, str(model.dtype)]
     base = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
     return base if edit is None else f"{base}-{edit}"
 

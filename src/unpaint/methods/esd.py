@@ -82,6 +82,8 @@ class ESD:
 
     def begin(self, job: Job) -> None:
         self.job = job
+        if self.batch_size % (job.mine.step or 1):
+            raise UserError(f"method.batch_size={self.batch_size} does not divide over {job.mine.step} processes")
         # Where the concept is erased from something, that something is painted and re-learned.
         self.prompts = [self.erase_from] if self.erase_from else job.concept.prompts()
         random.Random(job.seed).shuffle(self.prompts)

@@ -80,6 +80,8 @@ class Erasing(LightningModule):
 
     def finish(self) -> Edit:
         """The method's edit; the model is left as it was before."""
+        # Lightning has moved the trained parameters, and only them, off the device.
+        self.text_to_image.to(self.trainer.strategy.root_device)
         edit = self.method.finish()
         with torch.no_grad():
             for key, parameter in self.weights.items():
@@ -151,22 +153,28 @@ class Steps:
 
 
 class SaveState(Callback):
-    """Saves the state every `seconds`, beside and then renamed, so that there is always one whole file."""
+    """Saves the state every `seconds`, beside and then renamed, so that there is always one whole file.
+
+    Never more than a tenth of the time goes into it: a large model's state takes a while to write.
+    """
 
     def __init__(self, file: Path, seconds: float) -> None:
         self.file = file
         self.seconds = seconds
         self.saved = time.monotonic()
+        self.took = 0.0
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        due = trainer.strategy.broadcast(time.monotonic() - self.saved >= self.seconds)
-        if not due:
+        started = time.monotonic()
+        due = started - self.saved >= (max(self.seconds, 10 * self.took) if self.seconds else 0)
+        if not trainer.strategy.broadcast(due):
             return
-        self.saved = time.monotonic()
         beside = self.file.with_suffix(".tmp")
         trainer.save_checkpoint(beside)
         if trainer.is_global_zero:
             os.replace(beside, self.file)
+        self.saved = time.monotonic()
+        self.took = self.saved - started
 
 
 class ShowProgress(Callback):
@@ -198,6 +206,7 @@ class Probe(Callback):
             return
         reached = False
         if trainer.is_global_zero:
-            reached = self.unlearning_accuracy() >= 0.95
+            with trainer.precision_plugin.forward_context():
+                reached = self.unlearning_accuracy() >= 0.95
         if trainer.strategy.broadcast(reached):
             pl_module.seconds_to_ua95 = pl_module.seconds

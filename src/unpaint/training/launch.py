@@ -14,10 +14,12 @@ from omegaconf import DictConfig, OmegaConf
 from unpaint.errors import UserError, nearest
 
 
-def new_trainer(cfg: DictConfig, folder: Path, callbacks: list[Callback], logger: Logger | None = None) -> Trainer:
-    """A Trainer with the arguments of `cfg.trainer`. Raises UserError where Lightning refuses them."""
+def new_trainer(
+    cfg: DictConfig, folder: Path, callbacks: list[Callback], logger: Logger | None = None, **more: Any
+) -> Trainer:
+    """A Trainer with the arguments of `cfg.trainer`, and `more`. Raises UserError where Lightning refuses them."""
     _quiet()
-    arguments: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
+    arguments: dict[str, Any] = {**OmegaConf.to_container(cfg.trainer, resolve=True), **more}  # type: ignore[dict-item]
     try:
         return Trainer(
             **arguments,
@@ -43,7 +45,7 @@ def new_logger(cfg: DictConfig, folder: Path, run_id: str, start: int) -> Logger
     if cfg.logger.name == "none":
         return None
     if cfg.logger.name == "csv":
-        return CSVLogger(save_dir=folder, name="log", version=f"from_step_{start}")
+        return CSVLogger(save_dir=folder, name="log", version=f"from_step_{start}", flush_logs_every_n_steps=1)
     if cfg.logger.name == "wandb":
         import wandb
         from lightning.pytorch.loggers import WandbLogger
@@ -60,25 +62,30 @@ def new_logger(cfg: DictConfig, folder: Path, run_id: str, start: int) -> Logger
     raise UserError(f"logger is csv, wandb or none, not '{name}'{nearest(name, ('csv', 'wandb', 'none'))}")
 
 
-def close(logger: Logger | None) -> None:
+def close(logger: Logger | None, failed: bool = False) -> None:
     """Ends what the logger opened: a wandb run would otherwise swallow the next run of the same process."""
     if logger is not None:
-        logger.finalize("success")
+        logger.finalize("failed" if failed else "success")
         if hasattr(logger.experiment, "finish"):
-            logger.experiment.finish()
+            logger.experiment.finish(exit_code=int(failed))
 
 
 def mirror(cfg: DictConfig, folder: Path, run_id: str, metrics: dict[str, dict[str, Any]], picture: Path) -> None:
-    """The record's numbers and the before/after picture, to wandb if that is the logger."""
+    """The record's numbers and the before/after picture, to wandb if that is the logger. The record is what counts:
+    a mirror that fails is a warning."""
     if cfg.logger.name != "wandb":
         return
+    import wandb
     from lightning.pytorch.loggers import WandbLogger
 
-    logger = new_logger(cfg, folder, run_id, 0)
-    assert isinstance(logger, WandbLogger)
-    logger.log_metrics({name: metric["value"] for name, metric in metrics.items()})
-    logger.log_image("before and after", [str(picture)])
-    close(logger)
+    try:
+        logger = new_logger(cfg, folder, run_id, 0)
+        assert isinstance(logger, WandbLogger)
+        logger.log_metrics({name: metric["value"] for name, metric in metrics.items()})
+        logger.log_image("before and after", [str(picture)])
+        close(logger)
+    except wandb.Error as error:
+        warnings.warn(f"wandb did not take the results: {error}", stacklevel=2)
 
 
 def is_rank_zero() -> bool:
