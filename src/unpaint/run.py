@@ -56,7 +56,7 @@ class Run:
 def run(cfg: DictConfig) -> RunRecord:
     """Erase, then evaluate. What is complete is not done again; what was interrupted goes on."""
     this = _prepared(cfg)
-    this.evaluator.plan(this.concept, int(cfg.seed))
+    _check_judges(this)
     with _locked(this):
         if (record := _finished(this)) is None:
             with _recording(this) as record:
@@ -72,7 +72,7 @@ def erase(cfg: DictConfig) -> Path:
     this = _prepared(cfg)
     if cfg.probes:
         try:
-            this.evaluator.plan(this.concept, int(cfg.seed))
+            _check_judges(this)
         except UserError as error:
             raise UserError(f"{error}; to erase without measuring: probes=0") from error
     with _locked(this):
@@ -89,7 +89,7 @@ def evaluate(cfg: DictConfig) -> RunRecord:
     """Evaluate the edit in `cfg.edit` on `cfg.concept`; the record says nothing of what the erasing cost."""
     concept, evaluator = instantiate(cfg.concept, cfg.plugins), instantiate(cfg.evaluator, cfg.plugins)
     this = Run(cfg, run_folder(cfg), concept, None, evaluator)
-    evaluator.plan(concept, int(cfg.seed))
+    _check_judges(this)
     with _locked(this):
         if (record := _finished(this)) is None:
             with _recording(this) as record:
@@ -114,6 +114,11 @@ def _prepared(cfg: DictConfig) -> Run:
             f"trainer.precision=bf16-mixed (or 16-mixed), not {cfg.trainer.precision}"
         )
     return Run(cfg, run_folder(cfg), concept, method, instantiate(cfg.evaluator, cfg.plugins))
+
+
+def _check_judges(this: Run) -> None:
+    this.evaluator.check_model(str(this.cfg.model.name))
+    this.evaluator.plan(this.concept, int(this.cfg.seed))
 
 
 def _finished(this: Run) -> RunRecord | None:

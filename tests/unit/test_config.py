@@ -149,7 +149,7 @@ def test_a_constructors_own_refusal_stays_one() -> None:
 
 def test_ids_depend_on_what_matters_and_on_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = compose()
-    same = ["outputs=elsewhere", "force=true", "logger=none", "trainer=cpu", "model.device=cpu", "method.lr=0.0001"]
+    same = ["outputs=elsewhere", "force=true", "logger=none", "trainer=cpu", "method.lr=0.0001"]
     for override in same:
         assert run_id(compose([override])) == run_id(cfg)
     assert edit_id(compose(["method.negative_guidance=1"])) == edit_id(cfg)
@@ -182,7 +182,7 @@ def test_ids_are_the_same_in_another_process() -> None:
 
 
 def test_identity_holds_no_paths() -> None:
-    held = identity(compose(["model=sd15", "model.path=/somewhere", "model.device=cpu"]))
+    held = identity(compose(["model=sd15", "model.path=/somewhere"]))
     assert set(held) == {"model", "concept", "method", "seed"}
     assert held["model"] == {"name": "sd15", "dtype": "float32"}
     assert "somewhere" not in json.dumps(held)

@@ -22,6 +22,7 @@ class Table:
     labels = ("object/cat", "object/dog", "style/flat", "style/neon", "style/none")
     thresholds: Mapping[str, float] = {"object/cat": 0.6, "object/dog": 0.3}
     identity = "table"
+    only_for = None
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError

@@ -48,6 +48,15 @@ class Evaluator:
         if batch_size < 1:
             raise UserError(f"evaluator.batch_size is at least 1, not {batch_size}")
 
+    def check_model(self, name: str) -> None:
+        """Raises UserError if the detector does not know this model's pictures."""
+        only = self.detector.only_for
+        if only not in (None, name):
+            raise UserError(
+                f"the detector knows the pictures of model '{only}' only, not those of '{name}'; "
+                "give another: detector@evaluator.detector=NAME"
+            )
+
     def plan(self, concept: Concept, seed: int) -> list[Batch]:
         """The batches to paint, a pure function of concept, seed and sampler. The same for edited and unedited.
 

@@ -104,29 +104,30 @@ def on_drawings(detector: PicturebookDetector, pictures: Pictures) -> list[Line]
     probabilities = np.concatenate(seen)
     labels, lines = list(detector.labels), []
     single = [i for i, scene in enumerate(of) if len(scene.objects) == 1]
-    for axis, right in (("object", lambda s: s.objects[0]), ("style", _style), ("setting", _setting)):
+    of_axis: dict[str, Callable[[Scene], str]] = {
+        "object": lambda scene: scene.objects[0],
+        "style": lambda scene: scene.style,
+        "setting": lambda scene: scene.setting,
+        "relation": lambda scene: scene.relation,
+    }
+    for axis, right in of_axis.items():
         own = [i for i, label in enumerate(labels) if label.startswith(f"{axis}/")]
         best = [labels[own[i]] for i in probabilities[:, own].argmax(axis=1)]
         rows = single if axis == "object" else range(len(of))
-        hits = sum(best[i] == f"{axis}/{right(of[i])}" for i in rows)
-        lines.append(Line(f"drawings: {axis}", hits, len(rows), 0.98))
+        found = sum(best[i] == f"{axis}/{right(of[i])}" for i in rows)
+        lines.append(Line(f"drawings: {axis}", found, len(rows), 0.98))
+    said = np.stack([shows(detector, probabilities, f"object/{name}") for name in OBJECTS], axis=1)
+    true = np.array([[name in scene.objects for name in OBJECTS] for scene in of])
+    wrong = int((said & ~true).sum())
+    lines.append(Line("drawings: object seen that is not there", wrong, int((~true).sum()), 0.01, at_most=True))
     pairs = [i for i, scene in enumerate(of) if len(scene.objects) == 2]
-    said = np.stack([shows(detector, probabilities, f"object/{name}") for name in OBJECTS], axis=1)[pairs]
-    true = np.array([[name in of[i].objects for name in OBJECTS] for i in pairs])
-    right, counted = 2 * (said & true).sum(axis=1), said.sum(axis=1) + true.sum(axis=1)
+    hits, counted = 2 * (said & true)[pairs].sum(axis=1), (said.sum(axis=1) + true.sum(axis=1))[pairs]
     draws = np.random.default_rng(0).integers(0, len(pairs), (2000, len(pairs)))
-    low, high = np.quantile(right[draws].sum(axis=1) / counted[draws].sum(axis=1), (0.025, 0.975))
+    low, high = np.quantile(hits[draws].sum(axis=1) / counted[draws].sum(axis=1), (0.025, 0.975))
     bootstrapped = (float(low), float(high))
-    lines.append(Line("drawings: F1 of objects on pairs", right.sum(), int(counted.sum()), 0.97, interval=bootstrapped))
+    f1 = Line("drawings: F1 of objects on pairs", float(hits.sum()), int(counted.sum()), 0.97, interval=bootstrapped)
+    lines.append(f1)
     return lines
-
-
-def _style(scene: Scene) -> str:
-    return scene.style
-
-
-def _setting(scene: Scene) -> str:
-    return scene.setting
 
 
 def retrieval(folder: Path, pictures: Pictures, among: int = 100, rounds: int = 10) -> Line:

@@ -15,7 +15,8 @@ class Detector(Protocol):
 
     labels: `axis/word`, in the order of the probabilities. thresholds: the labels that are decided by themselves, with
     the probability from which they count as shown; the others compete within their axis. identity: changes when the
-    answers may change, names the detector in records and caches. Reading these loads no network.
+    answers may change, names the detector in records and caches. only_for: the one model whose pictures it knows, None
+    for any. Reading these loads no network.
     """
 
     @property
@@ -26,6 +27,9 @@ class Detector(Protocol):
 
     @property
     def identity(self) -> str: ...
+
+    @property
+    def only_for(self) -> str | None: ...
 
     def __call__(self, images: Tensor) -> Tensor:
         """Probabilities (N, labels) of images (N, 3, H, W), floats between 0 and 1, on the images' device."""

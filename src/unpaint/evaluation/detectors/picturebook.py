@@ -25,6 +25,7 @@ class PicturebookDetector:
 
     def __init__(self, path: str | None = None) -> None:
         self.folder = Path(path) if path else BUILT_IN
+        self.only_for = None if path else "picturebook"
         self._model: Any = None
 
     @cached_property
