@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from unpaint.picturebook.build import STAGES, WEIGHTS, Plan, build
+from unpaint.files import WEIGHTS
+from unpaint.picturebook.build import STAGES, Plan, build
 from unpaint.picturebook.check import check
 from unpaint.picturebook.data import draw_split
 

@@ -31,6 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import unpaint
 from unpaint.errors import UserError, nearest
+from unpaint.files import WEIGHTS
 from unpaint.listing import conf_dir
 
 ALLOWED_TARGETS = ("unpaint", "torch.optim", "lightning", "torchmetrics", "transformers", "diffusers")
@@ -313,7 +314,7 @@ def model_folder(model: DictConfig) -> Path | None:
     """The local folder of a model config: its `path`, or the package's own weights; None if it comes from the hub."""
     if model.get("path"):
         return Path(str(model.path)).expanduser()
-    return None if model.get("hub") else Path(__file__).parent / "picturebook" / "weights"
+    return None if model.get("hub") else WEIGHTS
 
 
 def _check_model(model: DictConfig) -> None:

@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 import unpaint
+from unpaint.files import WEIGHTS
 from unpaint.listing import conf_dir
 
 CORE = ("torch", "diffusers", "transformers", "hydra-core", "omegaconf", "lightning", "wandb", "torchmetrics")
@@ -19,7 +20,6 @@ OPTIONAL = {
     "hydra-optuna-sweeper": ("sweep", "search for good settings"),
     "nudenet": ("nsfw", "detect nudity in pictures"),
 }
-WEIGHTS = Path(__file__).parent / "picturebook" / "weights"
 
 
 def diagnose() -> tuple[str, bool]:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from unpaint import __version__, edit_header
 from unpaint.errors import UserError, nearest
+from unpaint.files import replacing
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -140,17 +141,8 @@ class Edit:
 
     def save(self, path: str | Path) -> None:
         """Write the edit as one safetensors file, whole or not at all. The same edit is always the same bytes."""
-        file = Path(path)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        beside = _beside(file)
-        try:
-            with beside.open("wb") as out:
-                out.write(self._bytes())
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(beside, file)
-        finally:
-            beside.unlink(missing_ok=True)
+        with replacing(Path(path), sync=True) as beside:
+            beside.write_bytes(self._bytes())
 
     def _encoded(self) -> dict[str, edit_header.Stored]:
         return edit_header.encode(
@@ -222,7 +214,7 @@ class Edit:
         is_new = self.id not in dict(applied(pipe))
         if is_new:
             self.apply(pipe)
-        beside = _beside(target)
+        beside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
         try:
             beside.mkdir(parents=True)
             pipe.save_pretrained(beside)
@@ -403,8 +395,3 @@ def _new_header(base: dict[str, Any], method: str, concept: str, config: Mapping
     # Through JSON and back: a made and a loaded edit have the same config, lists and not tuples.
     plain = json.loads(edit_header.canonical_json(config))
     return Header(edit_header.FORMAT, base, method, concept, plain, __version__)
-
-
-def _beside(path: Path) -> Path:
-    """A name in the same folder, so that os.replace stays within one file system."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")

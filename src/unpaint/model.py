@@ -19,11 +19,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from unpaint.errors import UserError, nearest
+from unpaint.files import WEIGHTS
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-BUILT_IN = Path(__file__).parent / "picturebook" / "weights"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 GROUPS = ("cross_attention.kv", "cross_attention", "feed_forward.out", "not_cross_attention", "all")
 CACHED_TEXTS = 1024
@@ -197,7 +197,7 @@ def load_model(cfg: DictConfig | Mapping[str, Any]) -> TextToImage:
         if cfg.get("hub") and not cfg.get("path"):
             pipe = _from_hub(str(cfg["hub"]), DTYPES[dtype_name])
         else:
-            pipe = _from_folder(Path(cfg.get("path") or BUILT_IN).expanduser(), DTYPES[dtype_name])
+            pipe = _from_folder(Path(cfg.get("path") or WEIGHTS).expanduser(), DTYPES[dtype_name])
     return TextToImage(pipe.to(device), str(cfg["name"]))
 
 
@@ -214,7 +214,7 @@ def _device(name: str) -> torch.device:
 def _from_folder(folder: Path, dtype: torch.dtype) -> Any:
     index = folder / "model_index.json"
     if not index.is_file():
-        hint = "; build them with scripts/build_picturebook.py" if folder == BUILT_IN else ""
+        hint = "; build them with scripts/build_picturebook.py" if folder == WEIGHTS else ""
         raise UserError(f"model.path: '{folder}' is not a diffusers pipeline folder (no model_index.json){hint}")
     try:
         parts = json.loads(index.read_text(encoding="utf-8"))

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from unpaint import __version__
 from unpaint.errors import UserError, nearest
+from unpaint.files import replacing
 
 SCHEMA = 1
 FILE_NAME = "record.json"
@@ -101,21 +102,8 @@ def _check_fields(cls: type[RunRecord], content: Mapping[str, Any], path: Path) 
 def write_json(path: Path, content: Any) -> Path:
     """Write beside, flush to the disk, rename. Raises ValueError on NaN, which is no JSON."""
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    with replacing(path, sync=True) as beside:
+        beside.write_text(text, encoding="utf-8")
     return path
 
 

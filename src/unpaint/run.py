@@ -6,7 +6,6 @@ record = run(compose(["concept=cat", "method=esd"]))
 """
 
 import json
-import os
 import resource
 import shutil
 import sys
@@ -27,6 +26,7 @@ from unpaint.edit_header import read_header
 from unpaint.errors import UserError, environment_fault
 from unpaint.evaluation.pictures import Batch, PictureStore, picture_key
 from unpaint.evaluation.suite import Evaluator
+from unpaint.files import replacing
 from unpaint.methods.base import Method
 from unpaint.progress import close_all
 from unpaint.report.terminal import show
@@ -230,10 +230,8 @@ def _edit_is_there(this: Run) -> bool:
 
 
 def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
-    shutil.copyfile(source, beside)
-    os.replace(beside, target)
+    with replacing(target) as beside:
+        shutil.copyfile(source, beside)
 
 
 def _erased(this: Run, model: Any) -> dict[str, Any]:

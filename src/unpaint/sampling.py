@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from unpaint.errors import UserError, nearest
 from unpaint.model import TextToImage
+from unpaint.tensor_file import read_tensor, write_tensor
 
 NAMESPACES = ("bank", "fresh", "tune", "score", "probe", "attack")
 Progress = Callable[[int], None]
@@ -257,14 +255,14 @@ class Bank:
         key = _bank_key(model, prompts, size, sampler, seed, batch_size)
         path = folder / f"bank-{key}.safetensors" if folder else None
         shape = (size, sampler.steps, *model.latent_shape)
-        stored = _read_bank(path, shape) if path else None
-        if stored is None:
+        stored = read_tensor(path) if path else None
+        if stored is None or tuple(stored[0].shape) != shape:
             started = time.perf_counter()
             latents, saved = _paint_bank(model, prompts, shape, sampler, seed, progress, batch_size), 0.0
             if path:
-                _write_bank(path, latents, time.perf_counter() - started)
+                write_tensor(path, latents, {"seconds": f"{time.perf_counter() - started:.3f}"})
         else:
-            latents, saved = stored
+            latents, saved = stored[0], float(stored[1]["seconds"])
             if progress:
                 progress(size)
         return cls(latents, sampler.timesteps(model).cpu(), tuple(prompts), model.device, model.dtype, saved)
@@ -327,29 +325,3 @@ def _paint_bank(
         if progress:
             progress(count)
     return bank
-
-
-def _digest(latents: Tensor) -> str:
-    return hashlib.sha256(latents.contiguous().numpy().data).hexdigest()
-
-
-def _write_bank(path: Path, latents: Tensor, seconds: float) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file({"latents": latents}, beside, metadata={"sha256": _digest(latents), "seconds": f"{seconds:.3f}"})
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def _read_bank(path: Path, shape: tuple[int, ...]) -> tuple[Tensor, float] | None:
-    """The stored latents and how long they took, or None if there are none or they are not what was written."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            latents = file.get_tensor("latents")
-            metadata = file.metadata() or {}
-    except (FileNotFoundError, SafetensorError):
-        return None
-    intact = metadata.get("sha256") == _digest(latents) and tuple(latents.shape) == shape
-    return (latents, float(metadata["seconds"])) if intact else None

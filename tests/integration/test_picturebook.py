@@ -12,8 +12,8 @@ import torch
 
 from unpaint.evaluation.detectors import shows
 from unpaint.evaluation.detectors.picturebook import PicturebookDetector
+from unpaint.files import WEIGHTS
 from unpaint.model import load_model
-from unpaint.picturebook.build import WEIGHTS
 from unpaint.sampling import Sampler, paint
 
 PLAIN = """

@@ -14,10 +14,11 @@ from unpaint.errors import UserError
 from unpaint.evaluation.detectors.picturebook import PicturebookDetector
 from unpaint.evaluation.metrics.clip_score import ClipScore
 from unpaint.evaluation.metrics.rates import Rate
-from unpaint.evaluation.pictures import PictureStore, picture_key, read_tensor, write_tensor
+from unpaint.evaluation.pictures import PictureStore, picture_key
 from unpaint.evaluation.suite import Evaluator
 from unpaint.model import TextToImage, load_model
 from unpaint.sampling import Sampler
+from unpaint.tensor_file import read_tensor, write_tensor
 
 WORDS = {"object/cat": "a cat", "object/dog": "a dog", "object/bird": "a bird"}
 

@@ -243,7 +243,7 @@ def test_bank_is_kept_reused_and_rebuilt_when_damaged(
         done.clear()
         assert torch.equal(build().latents, bank.latents)
         assert done == [4, 1]
-        assert load_file(file)["latents"].equal(bank.latents)
+        assert load_file(file)["tensor"].equal(bank.latents)
     build(seed=2)
     build(v_model)
     assert len(list(folder.iterdir())) == 3

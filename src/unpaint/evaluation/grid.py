@@ -1,7 +1,5 @@
 """Before and after, side by side: one PNG with a row a label, and pairs of the same prompt and seed."""
 
-import io
-import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +9,7 @@ from torch import Tensor
 
 from unpaint.concepts import Concept
 from unpaint.evaluation.pictures import Batch
+from unpaint.files import replacing
 
 CELL, GAP, PAIR_GAP, MARGIN, LABEL, CAPTION, HEAD = 112, 4, 22, 20, 150, 40, 66
 PAPER, INK, FAINT = (255, 255, 255), (30, 30, 34), (110, 110, 118)
@@ -81,13 +80,6 @@ def _picture(picture: Tensor) -> Image.Image:
 
 
 def _write(sheet: Image.Image, path: Path) -> Path:
-    data = io.BytesIO()
-    sheet.save(data, "png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_bytes(data.getvalue())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with replacing(path) as beside:
+        sheet.save(beside, "png")
     return path

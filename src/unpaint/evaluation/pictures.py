@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from unpaint.concepts import Case
+from unpaint.tensor_file import read_tensor, write_tensor
 
 if TYPE_CHECKING:
     from unpaint.model import TextToImage
@@ -83,56 +81,27 @@ class PictureStore:
 
     def pictures(self, key: str, batch: Batch) -> Tensor | None:
         """The batch's pictures, uint8 (n, 3, H, W); None if not painted yet or damaged."""
-        found = read_tensor(self._picture_file(key, batch))
-        return found if found is not None and len(found) == len(batch.cases) else None
+        return self._read(self._picture_file(key, batch), batch)
 
     def keep_pictures(self, key: str, batch: Batch, pictures: Tensor) -> None:
         write_tensor(self._picture_file(key, batch), pictures)
 
     def reading(self, key: str, reader: str, batch: Batch) -> Tensor | None:
         """What a reader (a detector, a CLIP) said of the batch's pictures, (n, ...); None if not there or damaged."""
-        found = read_tensor(self._reading_file(key, reader, batch))
-        return found if found is not None and len(found) == len(batch.cases) else None
+        return self._read(self._reading_file(key, reader, batch), batch)
 
     def keep_reading(self, key: str, reader: str, batch: Batch, reading: Tensor) -> None:
         write_tensor(self._reading_file(key, reader, batch), reading)
+
+    def _read(self, path: Path, batch: Batch) -> Tensor | None:
+        found = read_tensor(path)
+        return found[0] if found is not None and len(found[0]) == len(batch.cases) else None
 
     def _picture_file(self, key: str, batch: Batch) -> Path:
         return self.folder / "pictures" / key / f"{batch.name}.safetensors"
 
     def _reading_file(self, key: str, reader: str, batch: Batch) -> Path:
         return self.folder / "readings" / key / reader / f"{batch.name}.safetensors"
-
-
-def write_tensor(path: Path, tensor: Tensor) -> None:
-    """Write one tensor with its checksum, beside and then over `path`."""
-    tensor = tensor.detach().cpu().contiguous()
-    data = save({"tensor": tensor}, metadata={"sha256": _sha256(tensor)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_bytes(data)
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-
-
-def read_tensor(path: Path) -> Tensor | None:
-    """The tensor that `write_tensor` wrote; None when the file is missing, cut short or altered."""
-    if not path.exists():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensor = file.get_tensor("tensor")
-            checksum = (file.metadata() or {}).get("sha256")
-    except (SafetensorError, FileNotFoundError):
-        return None
-    return tensor if checksum == _sha256(tensor) else None
-
-
-def _sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
 
 
 def folder_identity(folder: Path) -> str:

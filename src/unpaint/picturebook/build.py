@@ -25,12 +25,11 @@ from transformers import (
     ResNetForImageClassification,
 )
 
+from unpaint.files import WEIGHTS, replacing
 from unpaint.picturebook import parts, tokenizer
 from unpaint.picturebook.data import SPLITS, Pictures, draw_split
 from unpaint.picturebook.fit import fit
 from unpaint.picturebook.thresholds import calibrated
-
-WEIGHTS = Path(__file__).parent / "weights"
 
 
 @dataclass(frozen=True)
@@ -147,9 +146,8 @@ def stage_latents(plan: Plan) -> None:
         for i in track(range(0, pictures.count, 100), "encoding"):
             x = parts.as_input(pictures.take(np.arange(i, i + 100)), plan.device)
             latents[i : i + 100] = vae.encode(x).latent_dist.mean.half().cpu().numpy()
-    beside = plan.work / "latents.tmp.npy"
-    np.save(beside, latents)
-    os.replace(beside, file)
+    with replacing(file) as beside, beside.open("wb") as out:
+        np.save(out, latents)
 
 
 def scale_of(latents: np.ndarray) -> float:

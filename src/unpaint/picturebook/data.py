@@ -1,6 +1,5 @@
 """The drawn pictures that Picturebook's parts are trained on. Written once, read through a memory map."""
 
-import os
 import random
 from collections.abc import Iterator
 from multiprocessing import get_context
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from rich.progress import track
 
+from unpaint.files import replacing
 from unpaint.picturebook.styles import SIZE, draw
 from unpaint.picturebook.world import OBJECTS, PAINTABLE, Scene, random_scene
 
@@ -32,9 +32,8 @@ def _draw_chunk(job: tuple[str, int, str]) -> None:
     split, start, path = job
     stop = min(start + CHUNK, SPLITS[split][0])
     chunk = np.stack([draw(scene) for scene in scenes(split, start, stop)])
-    beside = f"{path}.{os.getpid()}.npy"
-    np.save(beside, chunk)
-    os.replace(beside, path)
+    with replacing(Path(path)) as beside, beside.open("wb") as file:
+        np.save(file, chunk)
 
 
 def draw_split(split: str, folder: Path, workers: int) -> None:
@@ -43,6 +42,8 @@ def draw_split(split: str, folder: Path, workers: int) -> None:
     count = SPLITS[split][0]
     jobs = [(split, i, str(folder / f"{split}-{i:06d}.npy")) for i in range(0, count, CHUNK)]
     missing = [job for job in jobs if not Path(job[2]).exists()]
+    if not missing:
+        return
     with get_context("spawn").Pool(workers) as pool:
         for _ in track(pool.imap_unordered(_draw_chunk, missing), f"drawing {split}", total=len(missing)):
             pass

@@ -1,7 +1,6 @@
 """The loop that trains each of Picturebook's parts: resumable after a kill, the data a pure function of the step."""
 
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +8,8 @@ from pathlib import Path
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
+
+from unpaint.files import replacing
 
 
 def fit(
@@ -44,9 +45,8 @@ def fit(
 
     def save(step: int) -> None:
         state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "average": averaged, "step": step}
-        beside = file.with_suffix(".tmp")
-        torch.save(state, beside)
-        os.replace(beside, file)
+        with replacing(file) as beside:
+            torch.save(state, beside)
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     saved, shown = time.monotonic(), time.monotonic()

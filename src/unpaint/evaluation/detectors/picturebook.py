@@ -11,8 +11,9 @@ from torch import Tensor
 
 from unpaint.errors import UserError
 from unpaint.evaluation.pictures import folder_identity, quiet
+from unpaint.files import WEIGHTS
 
-BUILT_IN = Path(__file__).parents[2] / "picturebook" / "weights" / "detector"
+BUILT_IN = WEIGHTS / "detector"
 
 
 class PicturebookDetector:

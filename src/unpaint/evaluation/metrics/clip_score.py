@@ -16,8 +16,9 @@ from unpaint.evaluation.detectors import Detector
 from unpaint.evaluation.metrics import asked
 from unpaint.evaluation.pictures import folder_identity, quiet
 from unpaint.evaluation.stats import mean_summary
+from unpaint.files import WEIGHTS
 
-BUILT_IN = Path(__file__).parents[2] / "picturebook" / "weights" / "clip"
+BUILT_IN = WEIGHTS / "clip"
 
 
 class ClipCosine:
