@@ -38,7 +38,8 @@ class Batch:
 class ESD:
     """`variant` names the trained weights: x (cross-attention), x-strict (its keys and values), u (all others), all.
 
-    `erase_from`: remove the concept only where this is asked for ("a hat" from "a cowboy"); None removes it as such.
+    `prompts`: `all` trains on every erasing prompt of the concept (other words, styles, settings), `concept` on its bare
+    words as in the paper. `erase_from`: train on this prompt alone ("a cowboy", to take the hat off), not on `prompts`.
     `negative_guidance` is eta of eq. 7. `latents`: `bank` takes them from `bank_size` stored trajectories of the
     unedited model, `fresh` denoises anew for every step; both with `sampling_steps` of DDIM at `sampling_guidance`.
     """
@@ -47,6 +48,7 @@ class ESD:
         self,
         name: str,
         variant: str,
+        prompts: str,
         erase_from: str | None,
         negative_guidance: float,
         latents: str,
@@ -61,12 +63,15 @@ class ESD:
             raise UserError(f"method.variant is {', '.join(GROUPS)}, not '{variant}'{nearest(variant, GROUPS)}")
         if latents not in ("bank", "fresh"):
             raise UserError(f"method.latents is bank or fresh, not '{latents}'{nearest(latents, ('bank', 'fresh'))}")
+        if prompts not in ("all", "concept"):
+            raise UserError(f"method.prompts is all or concept, not '{prompts}'{nearest(prompts, ('all', 'concept'))}")
         if steps < 1 or batch_size < 1 or bank_size < 1:
             raise UserError("method.steps, method.batch_size and method.bank_size must be at least 1")
         if lr <= 0 or negative_guidance < 0:
             raise UserError("method.lr must be above 0 and method.negative_guidance not below it")
         self.name = name
         self.group = GROUPS[variant]
+        self.asked = prompts
         self.erase_from = erase_from
         self.negative_guidance = negative_guidance
         self.latents = latents
@@ -84,8 +89,9 @@ class ESD:
         self.job = job
         if self.batch_size % (job.mine.step or 1):
             raise UserError(f"method.batch_size={self.batch_size} does not divide over {job.mine.step} processes")
-        # Where the concept is erased from something, that something is painted and re-learned.
-        self.prompts = [self.erase_from] if self.erase_from else job.concept.prompts()
+        every = job.concept.prompts(further=True)
+        self.bare = every[0]
+        self.prompts = [self.erase_from] if self.erase_from else every if self.asked == "all" else [self.bare]
         random.Random(job.seed).shuffle(self.prompts)
         self.bank = self._bank() if self.latents == "bank" else None
 
@@ -124,21 +130,18 @@ class ESD:
         return Batch(latents, t, prompts)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
-        """Eq. 7: match eps(x, c) to eps0(x) - eta (eps0(x, c) - eps0(x)).
+        """Eq. 7 for a prompt p and the bare concept c: eps(x, p) is to be eps0(x, p) - (1 + eta) (eps0(x, c) - eps0(x)).
 
-        With `erase_from` f the student is asked f and the target starts from eps0(x, f) instead of eps0(x), as in the
-        authors' code (their eta 2 without f is eta 1 here and in the paper).
+        For p = c this is the paper's eps0(x) - eta (eps0(x, c) - eps0(x)); for another p it takes the concept, and only
+        the concept, out of it. It is what the authors' current code does with their eta = 1 + eta.
         """
         model, n = self.job.model, len(batch.t)
         text = model.encode(batch.prompts)
-        concept = model.encode([self.job.concept.target] * n) if self.erase_from else text
-        empty = model.encode([""] * n)
+        asked = torch.cat([text, model.encode([self.bare] * n), model.encode([""] * n)])
         with torch.no_grad():
-            asked = [concept, empty, text] if self.erase_from else [concept, empty]
-            x, t = batch.latents.repeat(len(asked), 1, 1, 1), batch.t.repeat(len(asked))
-            predicted = model.predict(x, t, torch.cat(asked), weights=self.job.base)
-            with_concept, without, *start = predicted.chunk(len(asked))
-            goal = (start[0] if start else without) - self.negative_guidance * (with_concept - without)
+            x, t = batch.latents.repeat(3, 1, 1, 1), batch.t.repeat(3)
+            whole, concept, nothing = model.predict(x, t, asked, weights=self.job.base).chunk(3)
+            goal = whole - (1 + self.negative_guidance) * (concept - nothing)
         loss = F.mse_loss(model.predict(batch.latents, batch.t, text), goal)
         self.job.update(loss)
         return {"loss": loss.detach()}

@@ -41,7 +41,7 @@ class Plan:
     autoencoder_steps: int = 1800
     detector_steps: int = 1800
     clip_steps: int = 900
-    denoiser_steps: int = 9000
+    denoiser_steps: int = 8000
     seed: int = 0
 
     @property
