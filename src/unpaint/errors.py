@@ -19,7 +19,7 @@ class UserError(Exception):
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """The hint `"; did you mean X?"`, or an empty string if nothing is close to `name`."""
     by_lower = {candidate.lower(): candidate for candidate in candidates}
-    close = get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
+    close = get_close_matches(name.lower(), by_lower, n=1, cutoff=0.55)
     return f"; did you mean {by_lower[close[0]]}?" if close else ""
 
 

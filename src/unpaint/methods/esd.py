@@ -38,8 +38,8 @@ class Batch:
 class ESD:
     """`variant` names the trained weights: x (cross-attention), x-strict (its keys and values), u (all others), all.
 
-    `prompts`: `all` trains on every erasing prompt of the concept (other words, styles, settings), `concept` on its bare
-    words as in the paper. `erase_from`: train on this prompt alone ("a cowboy", to take the hat off), not on `prompts`.
+    `prompts`: `all` trains on every erasing prompt of the concept (other words, styles, settings), `concept` on its
+    bare words as in the paper. `erase_from`: train on this prompt alone ("a cowboy", to take the hat off).
     `negative_guidance` is eta of eq. 7. `latents`: `bank` takes them from `bank_size` stored trajectories of the
     unedited model, `fresh` denoises anew for every step; both with `sampling_steps` of DDIM at `sampling_guidance`.
     """
@@ -130,7 +130,7 @@ class ESD:
         return Batch(latents, t, prompts)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
-        """Eq. 7 for a prompt p and the bare concept c: eps(x, p) is to be eps0(x, p) - (1 + eta) (eps0(x, c) - eps0(x)).
+        """Eq. 7 for a prompt p and the bare concept c: eps(x, p) becomes eps0(x, p) - (1 + eta)(eps0(x, c) - eps0(x)).
 
         For p = c this is the paper's eps0(x) - eta (eps0(x, c) - eps0(x)); for another p it takes the concept, and only
         the concept, out of it. It is what the authors' current code does with their eta = 1 + eta.

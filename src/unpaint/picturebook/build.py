@@ -220,9 +220,8 @@ def text_tower(clip: CLIPModel) -> dict[str, Tensor]:
 
 
 def write_provenance(plan: Plan) -> None:
-    files = sorted(
-        p for p in WEIGHTS.rglob("*") if p.is_file() and p.name not in ("provenance.json", "quality.json", "README.md")
-    )
+    about = ("provenance.json", "quality.json", "samples.png", "README.md")
+    files = sorted(p for p in WEIGHTS.rglob("*") if p.is_file() and p.name not in about)
     drawn = hashlib.sha256()
     for file in sorted(plan.drawings.glob("held_out-*.npy")):
         drawn.update(file.read_bytes())

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch.nn import functional as F
@@ -19,7 +20,7 @@ from unpaint.evaluation.detectors.picturebook import PicturebookDetector
 from unpaint.evaluation.stats import wilson
 from unpaint.model import load_model
 from unpaint.picturebook import parts
-from unpaint.picturebook.captions import caption, out_of_set_prompts
+from unpaint.picturebook.captions import SETTING_PHRASES, article, caption, out_of_set_prompts
 from unpaint.picturebook.data import Pictures, scenes
 from unpaint.picturebook.thresholds import TESTING
 from unpaint.picturebook.world import OBJECTS, PAINTABLE, SETTINGS, STYLES, Scene
@@ -69,6 +70,7 @@ def check(weights: Path, drawings: Path, per_object: int = 104) -> list[Line]:
     rows = [{"what": a.what, "value": round(a.value, 4), **_interval(a), "n": a.n, "goal": a.goal} for a in lines]
     sampler = {"steps": SAMPLER.steps, "guidance": SAMPLER.guidance}
     (weights / "quality.json").write_text(json.dumps({"sampler": sampler, "lines": rows}, indent=2) + "\n")
+    sheet(weights)
     show(lines)
     return lines
 
@@ -206,6 +208,25 @@ def painted(
         hits = {label: shows(detector, probabilities, label) for label in {x for a in asked for x in a.labels}}
         out[name] = [{label: bool(hits[label][row]) for label in a.labels} for row, a in enumerate(asked)]
     return out
+
+
+def sheet(weights: Path, cell: int = 96) -> None:
+    """Every object in every style, painted by the pipeline, as `samples.png` beside the weights."""
+    model = load_model({"name": "picturebook", "path": str(weights)})
+    settings = tuple(SETTING_PHRASES)
+    prompts = []
+    for row, thing in enumerate(PAINTABLE):
+        for column, style in enumerate(STYLES):
+            place = SETTING_PHRASES[settings[(row + column) % len(settings)]][0]
+            prompts.append(f"{article(thing)} in {style} style {place}".strip())
+    seeds = [seed_of("score", 1, i) for i in range(len(prompts))]
+    pictures = torch.cat(list(paint(model, prompts, seeds, SAMPLER, BATCH)))
+    page = Image.new("RGB", (cell * len(STYLES), cell * len(PAINTABLE)))
+    for i, picture in enumerate(pictures):
+        one = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+        place_at = (cell * (i % len(STYLES)), cell * (i // len(STYLES)))
+        page.paste(one.resize((cell, cell), Image.Resampling.LANCZOS), place_at)
+    page.save(weights / "samples.png", optimize=True)
 
 
 def _captioned(scene: Scene, rng: random.Random, labels: Callable[[Scene], Iterable[str]]) -> Asked:
