@@ -25,6 +25,10 @@ SMALL = [
 TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
 
 
+def norm(tensors: dict[str, torch.Tensor]) -> float:
+    return float(sum(t.square().sum() for t in tensors.values())) ** 0.5
+
+
 def test_gradients_and_edit(tmp_path: Path) -> None:
     for world in (1, 2):
         folder = tmp_path / str(world)
@@ -32,16 +36,14 @@ def test_gradients_and_edit(tmp_path: Path) -> None:
         done = subprocess.run([sys.executable, WORKER, folder, str(world)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     one, two = (load_file(tmp_path / world / "gradients.safetensors") for world in "12")
-    for key in one:
-        scale = one[key].norm().clamp(min=1e-8)
-        assert (one[key] - two[key]).norm() / scale < 1e-5, key
+    change = {key: one[key] - two[key] for key in one}
+    assert norm(change) < 1e-5 * norm(one)
+    # Single tensors far from the loss have small gradients, and other batch sizes round differently.
+    assert all(change[key].norm() < 1e-4 * one[key].norm().clamp(min=1e-8) for key in one)
     # Both ranks hold the same weights, and those of one process up to rounding.
     first, second = (tmp_path / "2" / f"edit-{rank}.safetensors" for rank in (0, 1))
     assert first.read_bytes() == second.read_bytes()
     alone, shared = Edit.load(tmp_path / "1" / "edit-0.safetensors"), Edit.load(first)
-
-    def norm(delta: dict[str, torch.Tensor]) -> float:
-        return float(sum(d.square().sum() for d in delta.values())) ** 0.5
 
     difference = {key: alone.delta[key] - shared.delta[key] for key in alone.delta}
     assert norm(difference) < 0.01 * norm(alone.delta)
