@@ -28,6 +28,7 @@ def main() -> None:
     for field in fields(Plan):
         if field.name.endswith("_steps"):
             parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default)
+    parser.add_argument("--start", type=Path, help="take the parts from this pipeline folder; train only the polish")
     args = parser.parse_args()
     torch.set_flush_denormal(True)
     if args.check:
@@ -36,7 +37,7 @@ def main() -> None:
         return
     steps = {field.name: getattr(args, field.name) for field in fields(Plan) if field.name.endswith("_steps")}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    build(Plan(work=args.work, device=device, **steps), until=args.until)
+    build(Plan(work=args.work, device=device, start=args.start, **steps), until=args.until)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Pure data: nothing heavy is imported, so that a concept that contradicts itself 
 import random
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from itertools import product, zip_longest
@@ -101,6 +101,18 @@ class Concept:
         """The anchor's prompts: entry i says with the anchor's words what entry i of `prompts(further)` says."""
         return [anchor for _, anchor in self._erasing(further)]
 
+    def retain_prompts(self) -> list[str]:
+        """Prompts for what must stay, for methods: the target's templates with the words of each in-domain label."""
+        plain_first = sorted(self.templates, key=lambda template: len(_slots_of(template)))
+        return list(
+            dict.fromkeys(
+                _fill(template, {"concept": words, **filling})
+                for template in plain_first
+                for filling in _fillings(template, self.evaluation.slots)
+                for words in self.retained.values()
+            )
+        )
+
     def _erasing(self, further: bool) -> list[tuple[str, str]]:
         pairs = [(template, template) for template in self.templates]
         if further:
@@ -108,9 +120,7 @@ class Concept:
         found: dict[str, str] = {}
         # Plain ones first: a method that wants few prompts takes the head of the list.
         for template, twin in sorted(pairs, key=lambda pair: len(_slots_of(pair[1]))):
-            used = [name for name in self.evaluation.slots if name in _slots_of(template)]
-            for filling in product(*(self.evaluation.slots[name].values() for name in used)):
-                words = dict(zip(used, filling, strict=True))
+            for words in _fillings(template, self.evaluation.slots):
                 prompt = _fill(template, {"concept": self.target, **words})
                 found.setdefault(prompt, _fill(twin, {"concept": self.anchor, **words}))
         return list(found.items())
@@ -164,6 +174,13 @@ def _questions(evaluation: Evaluation, label: str, words: str) -> list[tuple[str
             if question is not None:
                 questions.setdefault(*question)
     return list(questions.items())
+
+
+def _fillings(template: str, slots: Mapping[str, Mapping[str, str]]) -> Iterator[dict[str, str]]:
+    """Every way to fill the template's slots with words, the concept's own slot left out."""
+    used = [name for name in slots if name in _slots_of(template)]
+    for filling in product(*(slots[name].values() for name in used)):
+        yield dict(zip(used, filling, strict=True))
 
 
 def _fill(template: str, words: Mapping[str, str]) -> str:

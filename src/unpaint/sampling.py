@@ -250,21 +250,7 @@ class Bank:
         The file's name is a hash of all that goes into it; a damaged file is replaced. `progress` is called with the
         number of trajectories each batch brought; with `size` at once if they were there.
         """
-        if not prompts or size < 1:
-            raise UserError(f"a trajectory bank needs a prompt and a size of at least 1, not {len(prompts)} and {size}")
-        key = _bank_key(model, prompts, size, sampler, seed, batch_size)
-        path = folder / f"bank-{key}.safetensors" if folder else None
-        shape = (size, sampler.steps, *model.latent_shape)
-        stored = read_tensor(path) if path else None
-        if stored is None or tuple(stored[0].shape) != shape:
-            started = time.perf_counter()
-            latents, saved = _paint_bank(model, prompts, shape, sampler, seed, progress, batch_size), 0.0
-            if path:
-                write_tensor(path, latents, {"seconds": f"{time.perf_counter() - started:.3f}"})
-        else:
-            latents, saved = stored[0], float(stored[1]["seconds"])
-            if progress:
-                progress(size)
+        latents, saved = _stored(model, prompts, size, sampler, seed, folder, progress, batch_size, sampler.steps)
         return cls(latents, sampler.timesteps(model).cpu(), tuple(prompts), model.device, model.dtype, saved)
 
     def draw(self, seed: int, step: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -279,6 +265,93 @@ class Bank:
         k = torch.randint(steps, (n,), generator=generator)
         latents = self.latents[trajectory, k].to(self.device, self.dtype)
         return latents, self.timesteps[k].to(self.device), (trajectory % len(self.prompts)).to(self.device)
+
+
+@dataclass(frozen=True)
+class Noised:
+    """A batch of noised pictures: x_t (n, C, h, w), t (n,), the noise in it (n, C, h, w), the index of each prompt."""
+
+    latents: Tensor
+    t: Tensor
+    noise: Tensor
+    which: Tensor
+
+
+@dataclass(frozen=True)
+class Paintings:
+    """Latents of finished pictures that the model painted itself, to be noised again (a method's own training set).
+
+    latents (size, C, h, w) float16 on the CPU; picture i was painted for prompt `i % len(prompts)`, with guidance.
+    `saved_seconds` as in `Bank`.
+    """
+
+    latents: Tensor
+    prompts: tuple[str, ...]
+    alphas_cumprod: Tensor
+    device: torch.device
+    dtype: torch.dtype
+    saved_seconds: float
+
+    @classmethod
+    def build(
+        cls,
+        model: TextToImage,
+        prompts: Sequence[str],
+        size: int,
+        sampler: Sampler,
+        seed: int,
+        folder: Path | None = None,
+        progress: Progress | None = None,
+        batch_size: int = 16,
+    ) -> Paintings:
+        """Paint `size` pictures with the model as it is now, or take them from `folder`; see `Bank.build`."""
+        latents, saved = _stored(model, prompts, size, sampler, seed, folder, progress, batch_size, None)
+        return cls(latents, tuple(prompts), model.alphas_cumprod.cpu(), model.device, model.dtype, saved)
+
+    def draw(self, seed: int, step: int, n: int, stream: int = 0) -> Noised:
+        """The n rows of a training step, noised as in training a diffusion model: t uniform over all noise levels,
+        x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (Ho et al. 2020, arXiv 2006.11239, eq. 4).
+
+        A pure function of (seed, step, n, stream); several draws of one step take a `stream` each. The rows are the
+        global batch; each rank takes its slice.
+        """
+        generator = torch.Generator().manual_seed(seed_of("tune", seed, step, stream))
+        which = torch.randint(len(self.latents), (n,), generator=generator)
+        t = torch.randint(len(self.alphas_cumprod), (n,), generator=generator)
+        eps = torch.randn((n, *self.latents.shape[1:]), generator=generator)
+        abar = self.alphas_cumprod[t].view(-1, 1, 1, 1)
+        noised = abar.sqrt() * self.latents[which].float() + (1 - abar).sqrt() * eps
+        to = {"device": self.device, "dtype": self.dtype}
+        return Noised(noised.to(**to), t.to(self.device), eps.to(**to), (which % len(self.prompts)).to(self.device))
+
+
+def _stored(
+    model: TextToImage,
+    prompts: Sequence[str],
+    size: int,
+    sampler: Sampler,
+    seed: int,
+    folder: Path | None,
+    progress: Progress | None,
+    batch_size: int,
+    states: int | None,
+) -> tuple[Tensor, float]:
+    """What `_paint_bank` paints and 0, or the same from `folder` and the seconds that it took then."""
+    if not prompts or size < 1:
+        raise UserError(f"a bank of latents needs a prompt and a size of at least 1, not {len(prompts)} and {size}")
+    key = _bank_key(model, prompts, size, sampler, seed, batch_size)
+    path = folder / f"{'paintings' if states is None else 'bank'}-{key}.safetensors" if folder else None
+    shape = (size, *model.latent_shape) if states is None else (size, states, *model.latent_shape)
+    stored = read_tensor(path) if path else None
+    if stored is not None and tuple(stored[0].shape) == shape:
+        if progress:
+            progress(size)
+        return stored[0], float(stored[1]["seconds"])
+    started = time.perf_counter()
+    latents = _paint_bank(model, prompts, shape, sampler, seed, progress, batch_size, states)
+    if path:
+        write_tensor(path, latents, {"seconds": f"{time.perf_counter() - started:.3f}"})
+    return latents, 0.0
 
 
 def _bank_key(
@@ -307,7 +380,9 @@ def _paint_bank(
     seed: int,
     progress: Progress | None,
     batch_size: int,
+    states: int | None,
 ) -> Tensor:
+    """The first `states` states of every trajectory, or (None) the finished pictures."""
     run = _DDIM(model, sampler)
     size = shape[0]
     bank = torch.empty(shape, dtype=torch.float16)
@@ -319,9 +394,13 @@ def _paint_bank(
         generators = _generators([seed_of("bank", seed, row) for row in rows])
         latents = _draw(generators, model.latent_shape, model.device, model.dtype)
         for i in range(sampler.steps):
-            bank[first : first + count, i] = latents[:count].to("cpu", torch.float16)
-            if i + 1 < sampler.steps:  # nobody trains on the finished picture
-                latents = run.step(i, latents, condition, generators, None)
+            if states is not None:
+                bank[first : first + count, i] = latents[:count].to("cpu", torch.float16)
+                if i + 1 == states:
+                    break
+            latents = run.step(i, latents, condition, generators, None)
+        if states is None:
+            bank[first : first + count] = latents[:count].to("cpu", torch.float16)
         if progress:
             progress(count)
     return bank

@@ -1,9 +1,16 @@
 """Judges of random weights, made from transformers' own classes."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import Tensor
+
+from unpaint.config import compose, instantiate
+from unpaint.methods.base import Job
+from unpaint.model import load_model
 
 DETECTOR_LABELS = (
     "object/cat",
@@ -79,3 +86,41 @@ def tiny_detector_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model = ResNetForImageClassification(config)
     model.half().save_pretrained(folder)
     return folder
+
+
+Begun = Callable[..., tuple[Any, list[Tensor]]]
+
+
+@pytest.fixture
+def begun(tiny_pipeline_folder: Path, tmp_path: Path) -> Begun:
+    """`begun("method=esd", "concept=cat", ...)`: a method that has begun on the tiny pipeline, outside of Lightning,
+    and the list that collects the losses it hands to `job.update`; nothing is back-propagated and no weight moves."""
+
+    def begin(*options: str) -> tuple[Any, list[Tensor]]:
+        cfg = compose(["model=sd15", f"model.path={tiny_pipeline_folder}", *options])
+        if "sampling_steps" in cfg.method:
+            cfg.method.sampling_steps = 4
+        method = instantiate(cfg.method)
+        model = load_model(cfg.model)
+        losses: list[Tensor] = []
+        method.begin(
+            Job(
+                model=model,
+                concept=instantiate(cfg.concept),
+                beside=(),
+                seed=0,
+                weights=model.group(method.group),
+                base=model.base_weights(method.group),
+                config={},
+                cache=tmp_path,
+                mine=slice(None),
+                update=lambda loss, i=0, adjust=None: losses.append(loss),
+                step=lambda i=0: None,
+                total=lambda tensor: tensor,
+                progress=lambda text, total: lambda n: None,
+                account=lambda seconds: None,
+            )
+        )
+        return method, losses
+
+    return begin

@@ -1,40 +1,16 @@
 """ESD's step against the formula, worked out by hand on the tiny pipeline."""
 
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from unpaint.config import compose, instantiate
-from unpaint.methods.base import Job
 from unpaint.methods.esd import ESD, Batch
-from unpaint.model import load_model
 from unpaint.sampling import noise
 
-
-def begun(folder: Path, tmp_path: Path, *options: str) -> tuple[ESD, list[torch.Tensor]]:
-    """An ESD that has begun, and the list that collects its losses."""
-    cfg = compose(["model=sd15", f"model.path={folder}", "method=esd", "method.sampling_steps=4", *options])
-    method: ESD = instantiate(cfg.method)
-    model = load_model(cfg.model)
-    losses: list[torch.Tensor] = []
-    base = model.base_weights(method.group)
-    job = Job(
-        model=model,
-        concept=instantiate(cfg.concept),
-        seed=0,
-        weights=model.group(method.group),
-        base=base,
-        config={},
-        cache=tmp_path,
-        mine=slice(None),
-        update=lambda loss, i=0: losses.append(loss),
-        progress=lambda text, total: lambda n: None,
-        account=lambda seconds: None,
-    )
-    method.begin(job)
-    return method, losses
+Begun = Callable[..., tuple[ESD, list[torch.Tensor]]]
 
 
 def a_batch(method: ESD, prompts: list[str]) -> Batch:
@@ -42,8 +18,8 @@ def a_batch(method: ESD, prompts: list[str]) -> Batch:
     return Batch(latents, torch.tensor([900, 100][: len(prompts)]), prompts)
 
 
-def test_the_loss_is_equation_7(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
-    method, losses = begun(tiny_pipeline_folder, tmp_path, "method.negative_guidance=2.0")
+def test_the_loss_is_equation_7(begun: Begun) -> None:
+    method, losses = begun("method.negative_guidance=2.0")
     assert method.bare == "a cat"
     batch = a_batch(method, ["a cat", "a cat in a room"])
     unet, model = method.job.model.pipe.unet, method.job.model
@@ -71,8 +47,8 @@ def test_the_loss_is_equation_7(tiny_pipeline_folder: Path, tmp_path: Path) -> N
     torch.testing.assert_close(losses[0], torch.stack(errors).mean(), rtol=1e-4, atol=1e-6)
 
 
-def test_erase_from_starts_from_what_it_is_erased_from(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
-    method, losses = begun(tiny_pipeline_folder, tmp_path, "method.erase_from=a dog")
+def test_erase_from_starts_from_what_it_is_erased_from(begun: Begun) -> None:
+    method, losses = begun("method.erase_from=a dog")
     assert method.prompts == ["a dog"]
     batch = a_batch(method, ["a dog"])
     model = method.job.model
@@ -85,9 +61,9 @@ def test_erase_from_starts_from_what_it_is_erased_from(tiny_pipeline_folder: Pat
 
 
 @pytest.mark.parametrize("latents", ["bank", "fresh"])
-def test_batches_are_a_function_of_seed_and_step(latents: str, tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+def test_batches_are_a_function_of_seed_and_step(latents: str, begun: Begun) -> None:
     def rows(start: int) -> list[Batch]:
-        method, _ = begun(tiny_pipeline_folder, tmp_path, f"method.latents={latents}", "method.steps=4")
+        method, _ = begun(f"method.latents={latents}", "method.steps=4")
         return list(method.batches(start))
 
     whole, tail = rows(0), rows(2)
@@ -98,8 +74,8 @@ def test_batches_are_a_function_of_seed_and_step(latents: str, tiny_pipeline_fol
 
 
 @pytest.mark.parametrize("latents", ["bank", "fresh"])
-def test_ranks_share_a_batch_without_overlap(latents: str, tiny_pipeline_folder: Path, tmp_path: Path) -> None:
-    method, _ = begun(tiny_pipeline_folder, tmp_path, f"method.latents={latents}")
+def test_ranks_share_a_batch_without_overlap(latents: str, begun: Begun) -> None:
+    method, _ = begun(f"method.latents={latents}")
     whole = next(method.batches(0))
     parts = []
     for rank in (0, 1):

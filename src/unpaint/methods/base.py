@@ -21,16 +21,24 @@ from unpaint.model import TextToImage
 class Job:
     """What a method gets to work with.
 
+    `beside`: the other members of a concept set when each member gets an edit of its own, in the same run.
     `weights`: the parameters of the method's group, trainable, in float32; `base`: their tensors before the first step,
     for `model.predict(..., weights=base)`: the frozen teacher, without a second network. `config` is for the edit's
     header. `cache` is a folder that runs share; what a method keeps there is keyed by all it depends on. `mine` is this
-    rank's share of a global batch of rows. `update(loss, i=0)` clears the gradients of optimiser i, back-propagates
-    `loss` (gradients are averaged over ranks) and steps. `progress(text, total)` opens a bar, returns its advance
-    function. `account(seconds)` adds what another run spent on something reused here, so that costs compare.
+    rank's share of a global batch of rows.
+
+    `update(loss, i=0, adjust=None)` clears the gradients of optimiser i, back-propagates `loss`, averages the gradients
+    over ranks, calls `adjust()`, which may change them (a mask, say), and steps. `step(i=0)` steps optimiser i with the
+    gradients that the method itself has put into its parameters' `.grad`; what `torch.autograd.grad` returns is this
+    rank's alone, so reduce it first. `total(tensor)` is the sum of the ranks' tensors, the same on all of them.
+
+    `progress(text, total)` opens a bar, returns its advance function. `account(seconds)` adds what another run spent on
+    something reused here, so that costs compare.
     """
 
     model: TextToImage
     concept: Concept
+    beside: tuple[Concept, ...]
     seed: int
     weights: dict[str, nn.Parameter]
     base: dict[str, Tensor]
@@ -38,6 +46,8 @@ class Job:
     cache: Path
     mine: slice
     update: Callable[..., None]
+    step: Callable[..., None]
+    total: Callable[[Tensor], Tensor]
     progress: Callable[[str, int], Callable[[int], None]]
     account: Callable[[float], None]
 
@@ -45,11 +55,14 @@ class Job:
 class Method(Protocol):
     """The interface. `group` names the weights it may change, see `TextToImage.group`. Steps run from 0 to `steps` - 1;
     `batches(start)` yields the data of steps start, start + 1, ... as a pure function of seed and step, so that a
-    resumed run sees what an uninterrupted one does."""
+    resumed run sees what an uninterrupted one does. `own` holds what the method keeps from step to step beside the
+    weights, as parameters (a discriminator) and buffers (running sums): it is made in `begin`, saved with the state,
+    and must be the same on all ranks after every step; None if there is no such thing."""
 
     name: str
     group: str
     steps: int
+    own: nn.Module | None
 
     def check(self, concept: Concept) -> None:
         """Raises UserError for a concept that the method cannot handle, before anything is loaded."""
@@ -58,7 +71,7 @@ class Method(Protocol):
         """Remembers the job and makes or loads what all steps share. Rank 0 goes first, the others find its cache."""
 
     def optimizers(self) -> list[Optimizer]:
-        """One or more optimisers over `job.weights` (and a method's own networks)."""
+        """Optimisers over `job.weights` (and a method's own networks); none for a method without gradients."""
 
     def batches(self, start: int) -> Iterator[Any]:
         """The data of each step from `start` on."""

@@ -44,6 +44,8 @@ class ESD:
     unedited model, `fresh` denoises anew for every step; both with `sampling_steps` of DDIM at `sampling_guidance`.
     """
 
+    own = None
+
     def __init__(
         self,
         name: str,

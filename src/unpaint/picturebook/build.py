@@ -8,9 +8,11 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,14 +29,20 @@ from transformers import (
 
 from unpaint.files import WEIGHTS, replacing
 from unpaint.picturebook import parts, tokenizer
-from unpaint.picturebook.data import SPLITS, Pictures, draw_split
+from unpaint.picturebook.data import SPLITS, Pictures, draw_split, scenes
 from unpaint.picturebook.fit import fit
 from unpaint.picturebook.thresholds import calibrated
+
+# Styles in which two objects were found least often on the way here.
+HARD = ("mosaic", "woodcut", "neon")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long each part is trained; the shipped weights' own values are in their provenance.json."""
+    """How long each part is trained; the shipped weights' own values are in their provenance.json.
+
+    `start`: a pipeline folder whose parts are taken as they are instead of trained; only the polish is.
+    """
 
     work: Path
     device: torch.device
@@ -42,7 +50,9 @@ class Plan:
     detector_steps: int = 1800
     clip_steps: int = 900
     denoiser_steps: int = 8000
+    polish_steps: int = 2000
     seed: int = 0
+    start: Path | None = None
 
     @property
     def drawings(self) -> Path:
@@ -60,8 +70,10 @@ def build(plan: Plan, until: str = "export") -> None:
 
 def stage_drawings(plan: Plan) -> None:
     for split in SPLITS:
-        draw_split(split, plan.drawings, os.cpu_count() or 1)
-    tokenizer.build(plan.work / "tokenizer")
+        if not (plan.start and split == "world"):
+            draw_split(split, plan.drawings, os.cpu_count() or 1)
+    if not plan.start:
+        tokenizer.build(plan.work / "tokenizer")
 
 
 def stage_autoencoder(plan: Plan) -> None:
@@ -69,6 +81,8 @@ def stage_autoencoder(plan: Plan) -> None:
 
 
 def load_autoencoder(plan: Plan, train: bool = False) -> AutoencoderKL:
+    if plan.start:
+        return AutoencoderKL.from_pretrained(plan.start / "vae", dtype=torch.float32).to(plan.device).eval()
     torch.manual_seed(plan.seed)
     vae = parts.new_autoencoder().to(plan.device, memory_format=torch.channels_last)
     pictures = Pictures("world", plan.drawings) if train else None
@@ -88,6 +102,8 @@ def stage_detector(plan: Plan) -> None:
 
 
 def load_detector(plan: Plan, train: bool = False) -> ResNetForImageClassification:
+    if plan.start:
+        return ResNetForImageClassification.from_pretrained(plan.start / "detector", dtype=torch.float32).eval()
     torch.manual_seed(plan.seed + 1)
     detector = parts.new_detector().to(plan.device)
     vae = load_autoencoder(plan) if train else None
@@ -112,6 +128,8 @@ def stage_clip(plan: Plan) -> None:
 
 def load_clip(plan: Plan, train: bool = False) -> CLIPModel:
     torch.manual_seed(plan.seed + 2)
+    if plan.start:
+        return CLIPModel.from_pretrained(plan.start / "clip", dtype=torch.float32).to(plan.device).eval()
     tokens = CLIPTokenizer.from_pretrained(plan.work / "tokenizer")
     clip = parts.Clip(parts.new_clip(tokens)).to(plan.device)
     data = parts.Batches("world", plan.drawings) if train else None
@@ -160,19 +178,54 @@ def stage_denoiser(plan: Plan) -> None:
 
 
 def load_denoiser(plan: Plan, train: bool = False) -> UNet2DConditionModel:
+    if plan.start:
+        return UNet2DConditionModel.from_pretrained(plan.start / "unet", dtype=torch.float32).to(plan.device)
     torch.manual_seed(plan.seed + 3)
     unet = parts.new_denoiser().to(plan.device)
+    everything = np.arange(SPLITS["painted"][0])
+    loss_of = _denoising(plan, unet, "denoiser", [everything]) if train else _untrained
+    file, steps = plan.work / "denoiser.pt", plan.denoiser_steps
+    fit(unet, loss_of, file=file, steps=steps, lr=1.2e-3, average=0.999, cooldown=0.3)
+    return unet.requires_grad_(False)
+
+
+def stage_polish(plan: Plan) -> None:
+    load_polished(plan, train=True)
+
+
+def load_polished(plan: Plan, train: bool = False) -> UNet2DConditionModel:
+    """The denoiser, trained on with more of what it finds hard: two objects, above all in the grainy styles."""
+    unet = load_denoiser(plan).requires_grad_(True)
+    loss_of = _untrained
     if train:
-        latents = np.load(plan.work / "latents.npy")
-        scale = scale_of(latents)
-        data = parts.Batches("painted", plan.drawings)
-        tokens = CLIPTokenizer.from_pretrained(plan.work / "tokenizer")
-        encoder = load_clip(plan).text_model
-        abar = parts.new_scheduler().alphas_cumprod.to(plan.device)
-    count = SPLITS["painted"][0]
+        two = [i for i, scene in enumerate(scenes("painted")) if len(scene.objects) == 2]
+        hard = [i for i, scene in enumerate(scenes("painted")) if len(scene.objects) == 2 and scene.style in HARD]
+        everything = np.arange(SPLITS["painted"][0])
+        loss_of = _denoising(plan, unet, "polish", [everything, np.array(two), everything, np.array(hard), everything])
+    file, steps = plan.work / "polish.pt", plan.polish_steps
+    fit(unet, loss_of, file=file, steps=steps, lr=4e-4, average=0.998, cooldown=0.6)
+    return unet.requires_grad_(False)
+
+
+def _untrained(step: int) -> dict[str, Tensor]:
+    raise FileNotFoundError("this part is not trained yet: run the stages before")
+
+
+def _denoising(
+    plan: Plan, unet: UNet2DConditionModel, stage: str, rows_from: list[np.ndarray]
+) -> Callable[[int], dict[str, Tensor]]:
+    """The loss of a step: 64 pictures, row i one of `rows_from[i % len(rows_from)]`, every tenth without a caption."""
+    latents = np.load(plan.work / "latents.npy")
+    scale = scale_of(latents)
+    data = parts.Batches("painted", plan.drawings)
+    tokens = CLIPTokenizer.from_pretrained(plan.start / "tokenizer" if plan.start else plan.work / "tokenizer")
+    encoder = load_clip(plan).text_model
+    abar = parts.new_scheduler().alphas_cumprod.to(plan.device)
 
     def loss_of(step: int) -> dict[str, Tensor]:
-        indices = parts.picks("denoiser", step, 64, count)
+        drawn = parts.picks(stage, step, 64, SPLITS["painted"][0])
+        pools = [rows_from[row % len(rows_from)] for row in range(64)]
+        indices = np.array([pool[i % len(pool)] for pool, i in zip(pools, drawn, strict=True)])
         z = torch.from_numpy(latents[indices]).to(plan.device).float() * scale
         text = data.captions(indices, step)
         for row in range(0, len(text), 10):
@@ -181,13 +234,15 @@ def load_denoiser(plan: Plan, train: bool = False) -> UNet2DConditionModel:
             states = encoder(tokenize(tokens, text).to(plan.device)).last_hidden_state
         return parts.denoiser_loss(unet, z, states, abar, step)
 
-    steps = plan.denoiser_steps
-    fit(unet, loss_of, file=plan.work / "denoiser.pt", steps=steps, lr=1.2e-3, average=0.999, cooldown=0.3)
-    return unet.requires_grad_(False)
+    return loss_of
 
 
 def stage_export(plan: Plan) -> None:
     """Writes the pipeline folder, CLIP and detector in float16, and the provenance of all of it."""
+    if plan.start:
+        load_polished(plan).half().save_pretrained(WEIGHTS / "unet")
+        write_provenance(plan)
+        return
     tokens = CLIPTokenizer.from_pretrained(plan.work / "tokenizer")
     clip, detector, vae = load_clip(plan), load_detector(plan), load_autoencoder(plan)
     vae.register_to_config(scaling_factor=scale_of(np.load(plan.work / "latents.npy", mmap_mode="r")))
@@ -197,7 +252,7 @@ def stage_export(plan: Plan) -> None:
         vae=vae.half(),
         text_encoder=encoder.half(),
         tokenizer=tokens,
-        unet=load_denoiser(plan).half(),
+        unet=load_polished(plan).half(),
         scheduler=parts.new_scheduler(),
         safety_checker=None,
         feature_extractor=None,
@@ -219,6 +274,10 @@ def text_tower(clip: CLIPModel) -> dict[str, Tensor]:
     return clip.text_model.state_dict()
 
 
+def _provenance(weights: Path) -> dict[str, Any]:
+    return json.loads((weights / "provenance.json").read_text())
+
+
 def write_provenance(plan: Plan) -> None:
     about = ("provenance.json", "quality.json", "samples.png", "README.md")
     files = sorted(p for p in WEIGHTS.rglob("*") if p.is_file() and p.name not in about)
@@ -226,6 +285,8 @@ def write_provenance(plan: Plan) -> None:
     for file in sorted(plan.drawings.glob("held_out-*.npy")):
         drawn.update(file.read_bytes())
     steps = {k: v for k, v in vars(plan).items() if k.endswith("steps")}
+    if plan.start:
+        steps |= {k: v for k, v in _provenance(plan.start)["steps"].items() if k != "polish_steps"}
     provenance = {
         "made": time.strftime("%Y-%m-%d"),
         "seed": plan.seed,
@@ -244,5 +305,6 @@ STAGES = {
     "clip": stage_clip,
     "latents": stage_latents,
     "denoiser": stage_denoiser,
+    "polish": stage_polish,
     "export": stage_export,
 }

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,21 @@ class Erasing(LightningModule):
     """
 
     def __init__(
-        self, method: Method, model: TextToImage, concept: Concept, seed: int, config: dict[str, Any], cache: Path
+        self,
+        method: Method,
+        model: TextToImage,
+        concept: Concept,
+        seed: int,
+        config: dict[str, Any],
+        cache: Path,
+        beside: tuple[Concept, ...] = (),
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.method = method
         self.text_to_image = model
         self.concept = concept
+        self.beside = beside
         self.seed = seed
         self.header_config = config
         self.cache = cache
@@ -56,6 +65,7 @@ class Erasing(LightningModule):
                 self.method.begin(self._job())
             self.trainer.strategy.barrier()
         self.trained = nn.ParameterList(self.weights.values())
+        self.own = self.method.own
         self.seconds += time.perf_counter() - started
 
     def _job(self) -> Job:
@@ -64,6 +74,7 @@ class Erasing(LightningModule):
         return Job(
             model=self.text_to_image,
             concept=self.concept,
+            beside=self.beside,
             seed=self.seed,
             weights=self.weights,
             base=self.base,
@@ -71,6 +82,8 @@ class Erasing(LightningModule):
             cache=self.cache,
             mine=slice(rank, None, world),
             update=self.update,
+            step=self.step,
+            total=self.total,
             progress=lambda text, total: bar(text, total, show=show),
             account=self._account,
         )
@@ -90,14 +103,40 @@ class Erasing(LightningModule):
                 parameter.data = self.base[key]
         return edit
 
-    def update(self, loss: Tensor, i: int = 0) -> None:
+    def update(self, loss: Tensor, i: int = 0, adjust: Callable[[], None] | None = None) -> None:
         """See `Job.update`."""
-        optimizers = self.optimizers()
-        optimizer = optimizers[i] if isinstance(optimizers, list) else optimizers
+        optimizer = self._optimizer(i)
         optimizer.zero_grad()
-        self.manual_backward(loss)
-        optimizer.step()
+        # DDP's own reduction waits for every parameter, and not every loss concerns all that a method trains.
+        with self.trainer.model.no_sync() if self.trainer.world_size > 1 else nullcontext():
+            self.manual_backward(loss)
+        self._average_gradients(optimizer)
+        if adjust is not None:
+            adjust()
+        self.step(i)
+
+    def step(self, i: int = 0) -> None:
+        """See `Job.step`."""
+        self._optimizer(i).step()
         self.optimizer_steps += 1
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """See `Job.total`."""
+        return self.trainer.strategy.reduce(tensor.clone(), reduce_op="sum")
+
+    def _optimizer(self, i: int) -> Any:
+        optimizers = self.optimizers()
+        return optimizers[i] if isinstance(optimizers, list) else optimizers
+
+    def _average_gradients(self, optimizer: Any) -> None:
+        world = self.trainer.world_size
+        if world == 1:
+            return
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        # As one tensor: a reduction costs a round trip, and a UNet has hundreds of small ones.
+        whole = self.total(torch.cat([gradient.flatten() for gradient in gradients])) / world
+        for gradient, mean in zip(gradients, whole.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
     def configure_optimizers(self) -> list[Optimizer]:
         return self.method.optimizers()
