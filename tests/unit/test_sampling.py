@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from unpaint import sampling
 from unpaint.errors import UserError
 from unpaint.model import TextToImage, load_model
-from unpaint.sampling import Bank, Sampler, denoise_to, noise, paint, seed_of
+from unpaint.sampling import Bank, Paintings, Sampler, denoise_to, noise, paint, seed_of
 
 PROMPTS = ["a cat", "a dog at night", "two birds", "a house", "a cat", "a boat on a beach"]
 SEEDS = [3, 1, 4, 15, 92, 65]
@@ -247,3 +247,24 @@ def test_bank_is_kept_reused_and_rebuilt_when_damaged(
     build(seed=2)
     build(v_model)
     assert len(list(folder.iterdir())) == 3
+
+
+def test_paintings_are_what_the_model_paints_noised_by_the_formula(eps_model: TextToImage, tmp_path: Path) -> None:
+    paintings = Paintings.build(eps_model, PROMPTS[:2], 5, SAMPLER, seed=1, folder=tmp_path, batch_size=4)
+    seeds = [seed_of("bank", 1, i) for i in range(5)]
+    painted = list(paint(eps_model, [PROMPTS[i % 2] for i in range(5)], seeds, SAMPLER, 4))
+    decoded = (eps_model.decode(paintings.latents.float()) * 255).round()
+    assert (decoded - torch.cat(painted).float()).abs().max() <= 2
+    drawn = paintings.draw(0, 17, 64)
+    again = paintings.draw(0, 17, 64)
+    assert drawn.latents.equal(again.latents) and drawn.t.equal(again.t)
+    assert not drawn.latents.equal(paintings.draw(0, 17, 64, stream=1).latents)
+    assert not drawn.latents.equal(paintings.draw(0, 18, 64).latents)
+    assert set(drawn.which.tolist()) == {0, 1}
+    for row in range(64):
+        abar = float(eps_model.alphas_cumprod[drawn.t[row]])
+        clean = (drawn.latents[row] - (1 - abar) ** 0.5 * drawn.noise[row]) / abar**0.5
+        own = paintings.latents[int(drawn.which[row]) :: 2].float()
+        assert min(float((clean - one).abs().max()) for one in own) < 1e-3 / abar**0.5
+    stored = Paintings.build(eps_model, PROMPTS[:2], 5, SAMPLER, seed=1, folder=tmp_path, batch_size=4)
+    assert stored.latents.equal(paintings.latents) and stored.saved_seconds > 0 == paintings.saved_seconds
