@@ -89,6 +89,11 @@ class Concept:
         _check(self)
 
     @property
+    def members(self) -> tuple["Concept", ...]:
+        """The concepts that it consists of: itself."""
+        return (self,)
+
+    @property
     def retained(self) -> dict[str, str]:
         """In-domain labels that must stay, with their words."""
         return {label: words for label, words in self.evaluation.in_domain.items() if label != self.label}

@@ -18,7 +18,7 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -125,6 +125,29 @@ class Edit:
         weights = _weights(pipe, _components(pipe, masks))
         base = _base(pipe, _components(pipe, masks), {key: weights[key] for key in zero})
         return cls(_new_header(base, method, concept, config), {}, zero)
+
+    @classmethod
+    def total(
+        cls, pipe: DiffusionPipeline, edits: Sequence[Edit], *, method: str, concept: str, config: Mapping[str, Any]
+    ) -> Edit:
+        """One edit that does to the unedited `pipe` what all of `edits` do together, to the bit.
+
+        Raises UserError if an edit is applied to `pipe`, or one of `edits` does not fit it.
+        """
+        _matched(pipe, {})
+        for edit in edits:
+            edit._check_fits(pipe)
+        edits = sorted(edits, key=lambda edit: edit.id)
+        delta: dict[str, Tensor] = {}
+        zero: dict[str, Tensor] = {}
+        for edit in edits:
+            for key, values in edit.delta.items():
+                delta[key] = delta[key] + values if key in delta else torch.zeros_like(values) + values
+            for key, mask in edit.zero.items():
+                zero[key] = zero[key] | mask if key in zero else mask
+        weights = _weights(pipe, _components(pipe, delta | zero))
+        base = _base(pipe, _components(pipe, delta | zero), {key: weights[key] for key in delta.keys() | zero.keys()})
+        return cls(_new_header(base, method, concept, config), dict(sorted(delta.items())), dict(sorted(zero.items())))
 
     # ------------------------------------------------------------ the file
 

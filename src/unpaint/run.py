@@ -209,9 +209,10 @@ def _load(this: Run) -> Any:
 # --- erasing --------------------------------------------------------------------------------------------------------
 
 
-def _cached_edit(this: Run) -> tuple[Path, Path]:
+def _cached_edit(this: Run, member: str = "") -> tuple[Path, Path]:
+    """Where the edit and its cost are shared between runs: the whole edit's, or that of a member of a set."""
     folder = this.cache / "edits"
-    name = edit_id(this.cfg)
+    name = edit_id(this.cfg) + (f"-{member}" if member else "")
     return folder / f"{name}.safetensors", folder / f"{name}.json"
 
 
@@ -225,6 +226,9 @@ def _edit_is_there(this: Run) -> bool:
         return False
     if is_rank_zero():
         _copy(cached, this.edit_file)
+        for member in this.concept.members if this.cfg.method.mode == "composed" else ():
+            if (part := _cached_edit(this, member.name)[0]).exists():
+                _copy(part, this.folder / "edits" / part.name.partition("-")[2])
         shutil.rmtree(this.folder / "checkpoints", ignore_errors=True)
     return True
 
@@ -235,22 +239,86 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _erased(this: Run, model: Any) -> dict[str, Any]:
-    """Makes the edit unless it is there; returns its cost."""
-    from unpaint.training.erasing import Erasing, Probe, SaveState, ShowProgress
+    """Makes the edit unless it is there; returns its cost.
 
+    A concept set takes one way of three, `method.mode`: `joint`, one edit for all members at once; `composed`, one edit
+    a member, each made from the unedited model, and their sum; `sequential`, one member after the other.
+    """
     cached, cost_file = _cached_edit(this)
     if _edit_is_there(this):
         return json.loads(cost_file.read_text())
-    cfg, state = this.cfg, this.folder / "checkpoints" / "last.ckpt"
+    assert this.method is not None
+    members = this.concept.members
+    if len(members) == 1 or this.method.mode == "joint":
+        edit, cost = _made(this, model, this.concept)
+    else:
+        edit, cost = _made_in_parts(this, model, members)
+    if is_rank_zero():
+        edit.save(cached)
+        write_json(cost_file, cost)
+        _edit_is_there(this)
+    return cost
+
+
+def _made_in_parts(this: Run, model: Any, members: tuple[Concept, ...]) -> tuple[Any, dict[str, Any]]:
+    """The edit of a set whose members are erased one by one. What is finished is kept, should the run be killed."""
+    from unpaint.edit import Edit
+
+    assert this.method is not None
+    one_by_one = this.method.mode == "sequential"
+    edits: list[Any] = []
+    costs: list[dict[str, Any]] = []
+    for i, member in enumerate(members):
+        file, cost_file = _cached_edit(this, member.name)
+        try:
+            edit, cost = Edit.load(file), json.loads(cost_file.read_text())
+        except (UserError, OSError, ValueError):
+            others = () if one_by_one else members[:i] + members[i + 1 :]
+            edit, cost = _made(this, model, member, others, edits[-1] if one_by_one and edits else None)
+            if is_rank_zero():
+                edit.save(file)
+                write_json(cost_file, cost)
+        edits.append(edit)
+        costs.append(cost)
+    method, config = str(this.cfg.method.name), identity(this.cfg)
+    whole = (
+        edits[-1]
+        if one_by_one
+        else Edit.total(model.pipe, edits, method=method, concept=this.concept.name, config=config)
+    )
+    return whole, _cost_of_all(costs, whole)
+
+
+def _cost_of_all(costs: list[dict[str, Any]], edit: Any) -> dict[str, Any]:
+    """Times and steps add up; the rest is that of the whole edit, or the largest."""
+    cost = {key: sum(part[key] for part in costs) for key in ("erase_seconds", "optimizer_steps")}
+    cost |= {
+        key: max(part[key] for part in costs) for key in ("peak_memory_bytes", "trainable_parameters", "world_size")
+    }
+    return cost | {"changed_parameters": edit.changed_parameters, "edit_bytes": edit.nbytes}
+
+
+def _made(
+    this: Run, model: Any, concept: Concept, beside: tuple[Concept, ...] = (), start: Any = None
+) -> tuple[Any, dict[str, Any]]:
+    """Runs the method once: the edit and its cost. `start` is the edit that it goes on from."""
+    from unpaint.training.erasing import Erasing, Probe, SaveState, ShowProgress
+
+    cfg = this.cfg
+    name = "last" if concept is this.concept else concept.name
+    state = this.folder / "checkpoints" / f"{name}.ckpt"
     state.parent.mkdir(parents=True, exist_ok=True)
     assert this.method is not None
-    module = Erasing(this.method, model, this.concept, int(cfg.seed), identity(cfg), this.cache)
-    callbacks = [ShowProgress(f"erasing {this.concept.target} with {this.method.name}")]
-    if cfg.probes:
-        accuracy = lambda: this.evaluator.unlearning_accuracy(model, this.concept, int(cfg.seed))  # noqa: E731
+    module = Erasing(this.method, model, concept, int(cfg.seed), identity(cfg), this.cache, beside, start)
+    callbacks = [ShowProgress(f"erasing {concept.target} with {this.method.name}")]
+    probed = cfg.probes and concept is this.concept
+    if probed:
+        accuracy = lambda: this.evaluator.unlearning_accuracy(model, concept, int(cfg.seed))  # noqa: E731
         callbacks.append(Probe(cfg.probes, accuracy))
     callbacks.append(SaveState(state, cfg.checkpoint_seconds))
-    logger = new_logger(cfg, this.folder, run_id(cfg), _steps_in(state) if cfg.logger.name == "csv" else 0)
+    part = "" if concept is this.concept else f"{concept.name}_"
+    curves = f"{part}from_step_{_steps_in(state) if cfg.logger.name == 'csv' else 0}"
+    logger = new_logger(cfg, this.folder, run_id(cfg), curves)
     trainer = new_trainer(cfg, this.folder, callbacks, logger)
     try:
         trainer.fit(module, ckpt_path=state if state.exists() else None, weights_only=True)
@@ -269,16 +337,10 @@ def _erased(this: Run, model: Any) -> dict[str, Any]:
         "edit_bytes": edit.nbytes,
         "world_size": trainer.world_size,
     }
-    if cfg.probes:
+    if probed:
         cost["seconds_to_ua95"] = None if module.seconds_to_ua95 is None else round(module.seconds_to_ua95, 3)
-    if trainer.is_global_zero:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        edit.save(cached)
-        write_json(cost_file, cost)
-        _copy(cached, this.edit_file)
-        shutil.rmtree(state.parent)
     trainer.strategy.barrier()
-    return cost
+    return edit, cost
 
 
 def _steps_in(state: Path) -> int:

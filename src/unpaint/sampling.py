@@ -321,8 +321,9 @@ class Paintings:
         eps = torch.randn((n, *self.latents.shape[1:]), generator=generator)
         abar = self.alphas_cumprod[t].view(-1, 1, 1, 1)
         noised = abar.sqrt() * self.latents[which].float() + (1 - abar).sqrt() * eps
-        to = {"device": self.device, "dtype": self.dtype}
-        return Noised(noised.to(**to), t.to(self.device), eps.to(**to), (which % len(self.prompts)).to(self.device))
+        prompt = (which % len(self.prompts)).to(self.device)
+        noised, eps = noised.to(self.device, self.dtype), eps.to(self.device, self.dtype)
+        return Noised(noised, t.to(self.device), eps, prompt)
 
 
 def _stored(

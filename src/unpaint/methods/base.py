@@ -4,7 +4,7 @@ A method is a plain class; nothing is inherited. `Method` below is the interface
 that a trained method, a closed form and a statistical one are resumed, logged and distributed by the same code.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +14,19 @@ from torch.optim import Optimizer
 
 from unpaint.concepts import Concept
 from unpaint.edit import Edit
+from unpaint.errors import UserError, nearest
 from unpaint.model import TextToImage
+
+MODES = ("joint", "sequential", "composed")
+
+
+def checked_mode(name: str, mode: str, can: Sequence[str] = MODES) -> str:
+    """`mode`, how a method erases a concept set: `joint`, all members at once; `sequential`, one after the other;
+    `composed`, an edit a member, and their sum. Raises UserError for one that the method cannot do."""
+    if mode not in can:
+        other = f", {mode} is not" if mode in MODES else f", not '{mode}'{nearest(mode, can)}"
+        raise UserError(f"method={name}: method.mode is {' or '.join(can)}{other}")
+    return mode
 
 
 @dataclass(frozen=True)
@@ -57,9 +69,11 @@ class Method(Protocol):
     `batches(start)` yields the data of steps start, start + 1, ... as a pure function of seed and step, so that a
     resumed run sees what an uninterrupted one does. `own` holds what the method keeps from step to step beside the
     weights, as parameters (a discriminator) and buffers (running sums): it is made in `begin`, saved with the state,
-    and must be the same on all ranks after every step; None if there is no such thing."""
+    and must be the same on all ranks after every step; None if there is no such thing. `mode` says how a concept set is
+    erased, one of `MODES`; see `checked_mode`."""
 
     name: str
+    mode: str
     group: str
     steps: int
     own: nn.Module | None

@@ -15,7 +15,7 @@ from torch.optim import Adam, Optimizer
 from unpaint.concepts import Concept
 from unpaint.edit import Edit
 from unpaint.errors import UserError, nearest
-from unpaint.methods.base import Job
+from unpaint.methods.base import Job, checked_mode
 from unpaint.sampling import Bank, Sampler, denoise_to, seed_of
 
 GROUPS = {
@@ -60,6 +60,7 @@ class ESD:
         steps: int,
         lr: float,
         batch_size: int,
+        mode: str,
     ) -> None:
         if variant not in GROUPS:
             raise UserError(f"method.variant is {', '.join(GROUPS)}, not '{variant}'{nearest(variant, GROUPS)}")
@@ -72,6 +73,7 @@ class ESD:
         if lr <= 0 or negative_guidance < 0:
             raise UserError("method.lr must be above 0 and method.negative_guidance not below it")
         self.name = name
+        self.mode = checked_mode(name, mode)
         self.group = GROUPS[variant]
         self.asked = prompts
         self.erase_from = erase_from

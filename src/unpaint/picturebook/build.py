@@ -196,7 +196,7 @@ def stage_polish(plan: Plan) -> None:
 def load_polished(plan: Plan, train: bool = False) -> UNet2DConditionModel:
     """The denoiser, trained on with more of what it finds hard: two objects, above all in the grainy styles."""
     unet = load_denoiser(plan).requires_grad_(True)
-    loss_of = _untrained
+    loss_of: Callable[[int], dict[str, Tensor]] = _untrained
     if train:
         two = [i for i, scene in enumerate(scenes("painted")) if len(scene.objects) == 2]
         hard = [i for i, scene in enumerate(scenes("painted")) if len(scene.objects) == 2 and scene.style in HARD]

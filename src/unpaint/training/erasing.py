@@ -20,7 +20,9 @@ from unpaint.progress import bar
 
 
 class Erasing(LightningModule):
-    """Runs a method's steps. Only what the method trains is in its state; the pipeline stays outside.
+    """Runs a method's steps, from the unedited model or from what the edit `start` made of it.
+
+    Only what the method trains, and its `own`, is in the saved state; the pipeline stays outside.
 
     `seconds` is erase time: preparation and steps, without probes and checkpoints. `steps_done` counts batches: neither
     Lightning's `global_step` (optimiser steps) nor its epochs mean the same for every method.
@@ -35,6 +37,7 @@ class Erasing(LightningModule):
         config: dict[str, Any],
         cache: Path,
         beside: tuple[Concept, ...] = (),
+        start: Edit | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -42,6 +45,7 @@ class Erasing(LightningModule):
         self.text_to_image = model
         self.concept = concept
         self.beside = beside
+        self.start = start
         self.seed = seed
         self.header_config = config
         self.cache = cache
@@ -55,11 +59,14 @@ class Erasing(LightningModule):
         model = self.text_to_image.to(self.trainer.strategy.root_device)
         started = time.perf_counter()
         model.pipe.unet.requires_grad_(False)
-        self.base = model.base_weights(self.method.group)
+        self.unedited = model.base_weights(self.method.group)
         self.weights = model.group(self.method.group)
-        for parameter in self.weights.values():
+        for key, parameter in self.weights.items():
             parameter.data = parameter.data.float()
+            if self.start is not None and key in self.start.delta:
+                parameter.data += self.start.delta[key].to(parameter.device)
             parameter.requires_grad_(True)
+        self.base = model.base_weights(self.method.group) if self.start is not None else self.unedited
         for turn in (True, False):
             if self.trainer.is_global_zero == turn:
                 self.method.begin(self._job())
@@ -96,11 +103,16 @@ class Erasing(LightningModule):
         # Lightning has moved the trained parameters, and only them, off the device.
         self.text_to_image.to(self.trainer.strategy.root_device)
         edit = self.method.finish()
+        if self.start is not None:
+            pipe, name = self.text_to_image.pipe, self.concept.name
+            edit = Edit.from_change(
+                pipe, self.unedited, method=self.method.name, concept=name, config=self.header_config
+            )
         with torch.no_grad():
             for key, parameter in self.weights.items():
                 parameter.requires_grad_(False)
                 parameter.grad = None
-                parameter.data = self.base[key]
+                parameter.data = self.unedited[key]
         return edit
 
     def update(self, loss: Tensor, i: int = 0, adjust: Callable[[], None] | None = None) -> None:

@@ -39,13 +39,13 @@ def new_trainer(
         raise UserError(f"trainer: {line}") from error
 
 
-def new_logger(cfg: DictConfig, folder: Path, run_id: str, start: int) -> Logger | None:
-    """The logger of the erasing half. CSV files are named by the step they start at: Lightning would delete the
+def new_logger(cfg: DictConfig, folder: Path, run_id: str, curves: str = "") -> Logger | None:
+    """The logger of the erasing half. `curves` names the CSV file by the step it starts at: Lightning would delete the
     curves of the part before a kill."""
     if cfg.logger.name == "none":
         return None
     if cfg.logger.name == "csv":
-        return CSVLogger(save_dir=folder, name="log", version=f"from_step_{start}", flush_logs_every_n_steps=1)
+        return CSVLogger(save_dir=folder, name="log", version=curves, flush_logs_every_n_steps=1)
     if cfg.logger.name == "wandb":
         import wandb
         from lightning.pytorch.loggers import WandbLogger
@@ -79,7 +79,7 @@ def mirror(cfg: DictConfig, folder: Path, run_id: str, metrics: dict[str, dict[s
     from lightning.pytorch.loggers import WandbLogger
 
     try:
-        logger = new_logger(cfg, folder, run_id, 0)
+        logger = new_logger(cfg, folder, run_id)
         assert isinstance(logger, WandbLogger)
         logger.log_metrics({name: metric["value"] for name, metric in metrics.items()})
         logger.log_image("before and after", [str(picture)])
