@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from rich.progress import track
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     CLIPImageProcessorPil,
@@ -178,10 +179,11 @@ def stage_denoiser(plan: Plan) -> None:
 
 
 def load_denoiser(plan: Plan, train: bool = False) -> UNet2DConditionModel:
-    if plan.start:
-        return UNet2DConditionModel.from_pretrained(plan.start / "unet", dtype=torch.float32).to(plan.device)
     torch.manual_seed(plan.seed + 3)
     unet = parts.new_denoiser().to(plan.device)
+    if plan.start:
+        unet.load_state_dict(load_file(plan.start / "unet" / "diffusion_pytorch_model.safetensors"))
+        return unet
     everything = np.arange(SPLITS["painted"][0])
     loss_of = _denoising(plan, unet, "denoiser", [everything]) if train else _untrained
     file, steps = plan.work / "denoiser.pt", plan.denoiser_steps
