@@ -39,7 +39,13 @@ def test_shows_is_a_threshold_or_the_best_of_an_axis() -> None:
 
 
 def case(role: str, label: str, style: str) -> Case:
-    return Case(f"{label} {style}", 0, {label: role, style: "cross_domain", "setting/beach": "context"}, label)
+    return Case(
+        f"{label} {style}",
+        0,
+        {label: role, style: "cross_domain", "setting/beach": "context"},
+        label,
+        "target" if role == "target" else "retain",
+    )
 
 
 # Erasing "cat": four pictures of it, three of its neighbour dog. Probabilities: cat, dog, flat, neon, none.
@@ -82,9 +88,9 @@ def test_rates_on_a_hand_worked_table(name: str, value: float, n: int, base: flo
 
 def test_a_rate_refuses_roles_that_do_not_exist() -> None:
     with pytest.raises(UserError, match="did you mean target"):
-        Rate("a/b", "", "", ("targt",))
+        Rate("a/b", "", "", ("target",), ("targt",))
     with pytest.raises(UserError, match="'shown' or 'absent'"):
-        Rate("a/b", "", "", ("target",), counts="gone")
+        Rate("a/b", "", "", ("target",), ("target",), counts="gone")
 
 
 PROMPTS = ["a cat in flat style", "a dog", "a bird at night, in a long and winding description"]
@@ -116,9 +122,9 @@ def test_clip_score_against_transformers_by_hand(tiny_clip_folder: Path) -> None
     cosines = metric.reader.read(pictures, PROMPTS)
     assert cosines.tolist() == pytest.approx(expected, abs=1e-5)
     cases = [
-        Case(PROMPTS[0], 0, {"object/cat": "target"}, ""),
-        Case(PROMPTS[1], 0, {"object/dog": "neighbour"}, ""),
-        Case(PROMPTS[2], 0, {"object/bird": "in_domain"}, ""),
+        Case(PROMPTS[0], 0, {"object/cat": "target"}, "", "target"),
+        Case(PROMPTS[1], 0, {"object/dog": "neighbour"}, "", "retain"),
+        Case(PROMPTS[2], 0, {"object/bird": "in_domain"}, "", "retain"),
     ]
     part = metric.part(cases, cosines.numpy(), Table())
     found = metric.finish([part], [part - 0.25])
