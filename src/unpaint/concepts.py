@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import chain, zip_longest
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from unpaint.errors import UserError, nearest
 from unpaint.prompts import (
@@ -183,6 +183,13 @@ class Concept:
         """In-domain labels that must stay, with their words. The parts of a combination are among them."""
         return {label: words for label, words in self.evaluation.in_domain.items() if (label,) != self.labels}
 
+    def counted_labels(self) -> list[str]:
+        """The labels that a detector must know: the target's, what must stay, the cells' and the crossed slot's."""
+        evaluation = self.evaluation
+        cells = chain(*(labels for cell in evaluation.cells.values() for labels in cell.values()))
+        crossed = evaluation.slots[evaluation.cross_domain] if evaluation.cross_domain else ()
+        return list(dict.fromkeys([*self.labels, *self.retained, *cells, *crossed]))
+
     def prompts(self, further: bool = False) -> list[str]:
         """The target's prompts for methods: those without slots first, each once; `further`: and the `erase` ones."""
         return [entry.prompt for entry in self.erasing(further)]
@@ -213,13 +220,14 @@ class Concept:
         bare = next(iter(found))
         return [Erasing(prompt, anchor, bare) for prompt, anchor in found.items()]
 
-    def cases(self, seed: int) -> list[Case]:
-        """Every picture that an evaluation may ask for: the target's first.
+    def cases(self, seed: int, times: int = 1) -> list[Case]:
+        """Every picture that an evaluation may ask for: the target's first. `times` as many of each list as the
+        evaluation says, as far as there are different prompts.
 
         A pure function of the concept and the seed. A label's cases depend on its words, the evaluation's templates
         and slots, and the seed only: concepts that share these ask the unedited model for the same pictures.
         """
-        return _seeded(_lists(self), seed)
+        return _seeded(_lists(self, times), seed)
 
 
 @dataclass(frozen=True)
@@ -269,6 +277,10 @@ class ConceptSet:
         every = dict.fromkeys(chain(*(member.neighbours for member in self.members)))
         return tuple(label for label in every if label in self.retained)
 
+    def counted_labels(self) -> list[str]:
+        """As `Concept.counted_labels`."""
+        return list(dict.fromkeys(chain(*(member.counted_labels() for member in self.members))))
+
     def prompts(self, further: bool = False) -> list[str]:
         """As `Concept.prompts`."""
         return [entry.prompt for entry in self.erasing(further)]
@@ -289,9 +301,9 @@ class ConceptSet:
         every = _alternating(member.erasing(further) for member in self.members)
         return list({entry.prompt: entry for entry in reversed(every)}.values())[::-1]
 
-    def cases(self, seed: int) -> list[Case]:
+    def cases(self, seed: int, times: int = 1) -> list[Case]:
         """As `Concept.cases`; the members' target cases alternate. A picture that asks for two members is none."""
-        return _seeded(_lists(self), seed)
+        return _seeded(_lists(self, times), seed)
 
 
 AnyConcept = Concept | ConceptSet
@@ -299,8 +311,8 @@ AnyConcept = Concept | ConceptSet
 # --- the lists of prompts -----------------------------------------------------------------------------------------
 
 
-def _lists(concept: AnyConcept) -> list[List]:
-    """Every list of the concept, the target's first."""
+def _lists(concept: AnyConcept, times: int = 1) -> list[List]:
+    """Every list of the concept, the target's first, for `times` as many pictures as it says."""
     members = concept.members
     found = [entry for member in members for entry in _of_target(member, [m for m in members if m is not member])]
     for label, words in concept.retained.items():
@@ -312,7 +324,8 @@ def _lists(concept: AnyConcept) -> list[List]:
         found.append(List(RETAIN, label, kept, evaluation.per_label, "per_label"))
     for member in members:
         found += _of_cells(member, members)
-    return [*found, *_of_compositions(concept)]
+    found = [entry._replace(count=times * entry.count) for entry in found]
+    return [*found, *_of_compositions(concept, times)]
 
 
 def _of_target(member: Concept, others: Sequence[Concept]) -> Iterator[List]:
@@ -345,12 +358,12 @@ def _of_cells(member: Concept, members: Sequence[Concept]) -> Iterator[List]:
             yield List(cell, key, kept, evaluation.cell_pictures, "cell_pictures")
 
 
-def _of_compositions(concept: AnyConcept) -> Iterator[List]:
+def _of_compositions(concept: AnyConcept, times: int) -> Iterator[List]:
     """The first member's: the members of a set share a world."""
     evaluation, retained = concept.members[0].evaluation, concept.retained
     if not evaluation.composition:
         return
-    count = evaluation.composition_pictures
+    count = times * evaluation.composition_pictures
     labels_of = {words: label for label, words in retained.items()}
     key = " ".join([*(member.group for member in concept.members), COMPOSITION])
     found: dict[str, Asked] = {}
@@ -433,7 +446,6 @@ def _twin(text: str, templates: Sequence[str]) -> str | None:
     return next((template for template in templates if slots_of(template) == slots_of(text) | {"concept"}), None)
 
 
-Item = TypeVar("Item")
 _NOTHING = object()
 
 

@@ -35,7 +35,8 @@ def questions(
 ) -> list[Question]:
     """Every distinct prompt for the words, each once; any head of the list is balanced over the slot `cross`.
 
-    The words may have slots of their own. `neutral` None: no neutral prompts. `key` shuffles: the same key, templates, words and slots, the same list.
+    The words may have slots of their own. `key` shuffles: the same key, templates, words and slots, the same list.
+    `neutral` None: no neutral prompts.
     """
     forms = [
         (put(template, word), word, None if neutral is None else put(template, neutral))
@@ -45,13 +46,13 @@ def questions(
     used = frozenset[str]().union(*(slots_of(form) for form, _, _ in forms))
     others = [name for name in slots if name in used and name != cross]
     columns = []
+    rest = list(product(*(slots[name].items() for name in others)))
     for crossed in slots[cross].items() if cross in used and cross is not None else [("", "")]:
-        rows = list(product(forms, *(slots[name].items() for name in others)))
+        rows = list(product(forms, rest))
         random.Random(f"unpaint/{key}/{crossed[0]}").shuffle(rows)
         column: dict[str, Question] = {}
-        for row in rows:
-            form, word, plain = row[0]
-            filling = dict(zip(others, row[1:], strict=True)) | ({cross: crossed} if cross else {})
+        for (form, word, plain), row in rows:
+            filling = dict(zip(others, row, strict=True)) | ({cross: crossed} if cross else {})
             question = _question(form, word, plain, filling)
             column.setdefault(question.prompt, question)
         columns.append(column.values())

@@ -33,7 +33,8 @@ class Evaluator:
     """Metrics that share a detector, a sampler and the pictures.
 
     metrics: any name -> Metric; the order is the record's. prompts_csv: a file of prompts that ask for the concept,
-    see `prompt_lists`; prompts_part: the part that they belong to, `static` or `out_of_set`.
+    see `prompt_lists`; prompts_part: the part that they belong to, `static` or `out_of_set`. times: how many times as
+    many pictures as the concept says, as far as it has different prompts.
     Raises UserError on two metrics of one name.
     """
 
@@ -45,6 +46,7 @@ class Evaluator:
         batch_size: int = 16,
         prompts_csv: str | None = None,
         prompts_part: str = STATIC,
+        times: int = 1,
     ) -> None:
         self.metrics = list(metrics.values())
         self.detector = detector
@@ -52,13 +54,15 @@ class Evaluator:
         self.batch_size = batch_size
         self.prompts_csv = prompts_csv
         self.prompts_part = prompts_part
+        self.times = times
         names = [metric.name for metric in self.metrics]
         if not names:
             raise UserError("the evaluator has no metrics; give it one, e.g. +metric@evaluator.metrics.ua=ua")
         if len(set(names)) < len(names):
             raise UserError(f"two metrics of the evaluator are called '{max(names, key=names.count)}'")
-        if batch_size < 1:
-            raise UserError(f"evaluator.batch_size is at least 1, not {batch_size}")
+        for key, number in (("batch_size", batch_size), ("times", times)):
+            if number < 1:
+                raise UserError(f"evaluator.{key} is at least 1, not {number}")
         if prompts_part not in (STATIC, OUT_OF_SET):
             raise UserError(f"evaluator.prompts_part is {STATIC} or {OUT_OF_SET}, not '{prompts_part}'")
 
@@ -80,7 +84,7 @@ class Evaluator:
         """
         parts = {part for metric in self.metrics for part in metric.parts}
         wanted = parts | ({IN_SET} if NEUTRAL in parts else set())
-        cases = concept.cases(seed)
+        cases = concept.cases(seed, self.times)
         if self.prompts_csv:
             cases += cases_of(prompts_from_csv(Path(self.prompts_csv).expanduser()), concept, self.prompts_part, seed)
         cases = [case for case in cases if case.part in wanted]
@@ -133,9 +137,7 @@ class Evaluator:
                     pictures = self._pictures(store, key, of or batch).to(device) if pictures is None else pictures
                     kept = self._look(metric, pictures, batch).float().cpu()
                     if not torch.isfinite(kept).all():
-                        raise UserError(
-                            f"{name} answers with NaN for a picture of '{batch.prompts[0]}' or one beside it"
-                        )
+                        raise UserError(f"{name} answers with NaN for the pictures of '{batch.prompts[0]}' and after")
                     store.keep_reading(key, name, batch, kept)
                 found[name] = kept
             readings.append(found[name].numpy())

@@ -104,8 +104,9 @@ def _concept(record: RunRecord) -> dict[str, str]:
 
 
 def verdict(name: str, metric: Mapping[str, Any]) -> str:
-    """A word or two: for `erasure/` the rate itself decides (95 %, 80 %), else its ratio to the unedited model's; for the
-    cell of both in a 2x2 table that ratio is to be small (15 %, 50 %)."""
+    """A word or two: for `erasure/` the rate itself decides (95 %, 80 %), else its ratio to the unedited model's.
+
+    For the cell of both in a 2x2 table that ratio is to be small (15 %, 50 %)."""
     value, base = metric.get("value"), metric.get("base")
     if value is None:
         return "not measured"

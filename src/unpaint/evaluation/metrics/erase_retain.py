@@ -15,8 +15,8 @@ from unpaint.evaluation.metrics.clip_score import BUILT_IN, ClipCosine
 
 
 class EraseRetain:
-    """|F| / max(|R|, epsilon): F and R are how far the mean CLIP score fell (base - edited) for the prompts that ask for
-    both and for those that ask for one of the two alone; `forget_delta` and `retain_delta` give them with their sign.
+    """|F| / max(|R|, epsilon): F and R are how far the mean CLIP score fell (base - edited) for the prompts that ask
+    for both, and for those that ask for one without the other; `forget_delta` and `retain_delta` have the sign.
 
     The score does not see the sign of R, and is large by chance where R is near 0: epsilon (a cosine) bounds it.
     path: a CLIPModel folder, None for Picturebook's. Percentile bootstrap over pictures, forgotten and retained apart.
@@ -37,7 +37,7 @@ class EraseRetain:
         self.reader = ClipCosine(Path(path) if path else BUILT_IN)
 
     def part(self, cases: Sequence[Case], reading: NDArray[Any], detector: Detector) -> NDArray[np.float64]:
-        """(n, 2) of cosines (n,): 1 for a picture that asks for both and 0 for one that asks for one, and the cosine."""
+        """(n, 2) of cosines (n,): 1 if the picture was to show both, 0 if one without the other; and the cosine."""
         rows = [
             (float(cases[row].part == IN_SET), float(reading[row]))
             for row, labels in asked(cases, self)
