@@ -61,7 +61,7 @@ def _rows(path: Path, file: Iterable[str]) -> list[Row]:
         if not cells["prompt"]:
             # Empty lines at the end are nothing to complain about.
             empty = empty or reader.line_num
-            if not any(field.strip() for field in fields):
+            if not fields:
                 continue
         if empty is not None:
             raise UserError(f"'{path}', line {empty}: the prompt is empty")
