@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from unpaint.concepts import IN_DOMAIN, NEIGHBOUR, Case
+from unpaint.concepts import IN_DOMAIN, NEIGHBOUR, RETAIN, Case
 from unpaint.errors import UserError
 from unpaint.evaluation.detectors import Detector
 from unpaint.evaluation.metrics import asked
@@ -86,6 +86,7 @@ class ClipScore:
     name = "fidelity/clip_score"
     unit = "cosine"
     higher_is_better = True
+    parts = (RETAIN,)
     roles = (IN_DOMAIN, NEIGHBOUR)
 
     def __init__(self, title: str, cost: str, path: str | None = None) -> None:
@@ -95,8 +96,7 @@ class ClipScore:
 
     def part(self, cases: Sequence[Case], reading: NDArray[Any], detector: Detector) -> NDArray[np.float64]:
         """The cosines of the pictures that count, of cosines (n,)."""
-        rows = sorted({row for row, _ in asked(cases, self.roles)})
-        return reading[rows].astype(np.float64)
+        return reading[[row for row, _ in asked(cases, self)]].astype(np.float64)
 
     def finish(
         self, edited: Sequence[NDArray[np.float64]], base: Sequence[NDArray[np.float64]]
