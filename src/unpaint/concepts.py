@@ -6,6 +6,7 @@ Pure data: nothing heavy is imported, so that a concept that contradicts itself 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from itertools import chain, zip_longest
 from typing import Any, NamedTuple
 
@@ -184,6 +185,11 @@ class Concept:
         """In-domain labels that must stay, with their words. The parts of a combination are among them."""
         return {label: words for label, words in self.evaluation.in_domain.items() if (label,) != self.labels}
 
+    @cached_property
+    def lists(self) -> list["List"]:
+        """Every list of prompts that `cases` takes from, the target's first."""
+        return _lists(self, 1)
+
     def counted_labels(self) -> list[str]:
         """The labels that a detector must know: the target's, what must stay, the cells' and the crossed slot's."""
         evaluation = self.evaluation
@@ -228,7 +234,7 @@ class Concept:
         A pure function of the concept and the seed. A label's cases depend on its words, the evaluation's templates
         and slots, and the seed only: concepts that share these ask the unedited model for the same pictures.
         """
-        return _seeded(_lists(self, times), seed)
+        return _seeded(self.lists if times == 1 else _lists(self, times), seed)
 
 
 @dataclass(frozen=True)
@@ -278,6 +284,11 @@ class ConceptSet:
         every = dict.fromkeys(chain(*(member.neighbours for member in self.members)))
         return tuple(label for label in every if label in self.retained)
 
+    @cached_property
+    def lists(self) -> list[List]:
+        """As `Concept.lists`."""
+        return _lists(self, 1)
+
     def counted_labels(self) -> list[str]:
         """As `Concept.counted_labels`."""
         return list(dict.fromkeys(chain(*(member.counted_labels() for member in self.members))))
@@ -304,7 +315,7 @@ class ConceptSet:
 
     def cases(self, seed: int, times: int = 1) -> list[Case]:
         """As `Concept.cases`; the members' target cases alternate. A picture that asks for two members is none."""
-        return _seeded(_lists(self, times), seed)
+        return _seeded(self.lists if times == 1 else _lists(self, times), seed)
 
 
 AnyConcept = Concept | ConceptSet
@@ -312,7 +323,7 @@ AnyConcept = Concept | ConceptSet
 # --- the lists of prompts -----------------------------------------------------------------------------------------
 
 
-def _lists(concept: AnyConcept, times: int = 1) -> list[List]:
+def _lists(concept: AnyConcept, times: int) -> list[List]:
     """Every list of the concept, the target's first, for `times` as many pictures as it says."""
     members = concept.members
     found = [entry for member in members for entry in _of_target(member, [m for m in members if m is not member])]
@@ -536,11 +547,10 @@ def _check_cells(concept: Concept) -> None:
 
 
 def _check_lists(concept: AnyConcept) -> None:
-    for part, group, asked, count, setting in _lists(concept):
+    for part, group, asked, count, setting in concept.lists:
         if count < 0:
             raise _fault(concept.name, f"{setting} is {count}; it must be at least 0")
         if len(asked) < count:
-            # A single concept can simply be told; in a set other members take prompts away.
             raise _fault(
                 concept.name,
                 f"its templates and slots make {len(asked)} different prompts for {group} but {count} pictures are "

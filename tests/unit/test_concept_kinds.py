@@ -103,10 +103,9 @@ def test_out_of_set_styles_are_the_test_phrases(name: str) -> None:
 
 
 def test_out_of_set_prompts_use_held_out_sentences() -> None:
-    held_out = [text for text in captions.TEMPLATES["held_out"]]
     used = shipped("cat").members[0].evaluation.other_templates
     plain = {"tail": "in {style} style", "head": "a {style} picture", "subject": "{concept}", "setting": "{setting}"}
-    assert {text.format(**plain) for text in held_out} <= set(used)
+    assert {text.format(**plain) for text in captions.TEMPLATES["held_out"]} <= set(used)
 
 
 def test_composition_asks_for_several_things_none_of_them_the_target() -> None:
@@ -122,7 +121,7 @@ def test_composition_asks_for_several_things_none_of_them_the_target() -> None:
 
 def test_neutral_prompts_say_all_but_the_target() -> None:
     for case in cases("cat")["target"]:
-        assert case.neutral == case.prompt.replace("a cat", "an empty scene")
+        assert case.neutral == case.prompt.replace("a cat", "a scene")
     assert all(case.neutral == "" for case in cases("cat")["retain"])
 
 
@@ -232,5 +231,5 @@ def test_shipped_concepts_pass_the_check_of_a_run(name: str) -> None:
 @pytest.mark.parametrize("name", ["church", "van_gogh", "parachute"])
 def test_concepts_for_another_model_need_another_detector(name: str) -> None:
     check([f"concept={name}", "model=sd14", "probes=0"], "erase")
-    with pytest.raises(UserError, match="detector does not know '.*detector@evaluator.detector=NAME"):
+    with pytest.raises(UserError, match=r"detector does not know '.*detector@evaluator\.detector=NAME"):
         check([f"concept={name}", "model=sd14"], "run")

@@ -13,11 +13,12 @@ from unpaint.concepts import Concept
 from unpaint.errors import UserError
 from unpaint.evaluation.detectors.picturebook import PicturebookDetector
 from unpaint.evaluation.metrics.clip_score import ClipScore
+from unpaint.evaluation.metrics.in_prompt import InPrompt
 from unpaint.evaluation.metrics.rates import Rate
 from unpaint.evaluation.pictures import PictureStore, picture_key
 from unpaint.evaluation.suite import Evaluator
 from unpaint.model import TextToImage, load_model
-from unpaint.sampling import Sampler
+from unpaint.sampling import Sampler, paint
 from unpaint.tensor_file import read_tensor, write_tensor
 
 WORDS = {"object/cat": "a cat", "object/dog": "a dog", "object/bird": "a bird"}
@@ -246,6 +247,93 @@ def test_keys_tell_models_edits_and_precision_apart(model: TextToImage, tiny_v_p
     keys = {picture_key(model), picture_key(other), picture_key(model, "abc"), picture_key(model, "abd")}
     assert len(keys) == 4
     assert picture_key(model) == picture_key(model)
+
+
+def test_only_parts_that_a_metric_looks_at_are_painted(evaluator: Evaluator, tiny_clip_folder: Path) -> None:
+    more = concept(
+        out_of_set=["a kitten"], out_of_set_pictures=2, composition=["{concept} {setting}"], composition_pictures=4
+    )
+    assert {case.part for case in more.cases(0)} == {"target", "retain", "out_of_set", "composition"}
+    assert evaluator.plan(more, 0) == evaluator.plan(concept(), 0)
+    only = Evaluator({"ua": metrics(tiny_clip_folder)["ua"]}, evaluator.detector, evaluator.sampler, 4)
+    assert {case.part for batch in only.plan(more, 0) for case in batch.cases} == {"target"}
+    with pytest.raises(UserError, match="zero pictures"):
+        Evaluator({"r": Rate("a/b", "", "", ("static",), ("target",))}, evaluator.detector, evaluator.sampler).plan(
+            concept(), 0
+        )
+
+
+def test_the_prompt_without_the_concept_is_painted_by_the_unedited_model_only(
+    evaluator: Evaluator, model: TextToImage, edited_model: TextToImage, tmp_path: Path, tiny_clip_folder: Path
+) -> None:
+    clip = str(tiny_clip_folder)
+    both = {"d": InPrompt("in_prompt/csdr", "", "", "difference", clip), "s": InPrompt("s", "", "", "score", clip)}
+    evaluator = Evaluator(both, evaluator.detector, evaluator.sampler, batch_size=4)
+    store, of = PictureStore(tmp_path), concept(neutral="it")
+    plan = painted(evaluator, model, store, "base", of)
+    answered = [batch for batch in plan if batch.answers is None]
+    neutral = [batch for batch in plan if batch.answers is not None]
+    assert [batch.answers for batch in neutral] == answered
+    assert [b.seeds for b in neutral] == [b.seeds for b in answered]
+    assert neutral[0].prompts == [prompt.replace("a cat", "it") for prompt in answered[0].prompts]
+    for batch in answered:
+        evaluator.paint(edited_model, store, "edited", batch)
+    scores = evaluator.score(store, "edited", "base", plan)
+    reader = both["d"].reader
+
+    def cosines(key: str, shown: list[Any]) -> Any:
+        seen = [store.pictures(key, batch) for batch in shown]
+        return torch.cat([reader.read(p, n.prompts) for p, n in zip(seen, neutral, strict=True)])
+
+    reference, own, before = cosines("base", neutral), cosines("edited", answered), cosines("base", answered)
+    assert scores["s"]["value"] == pytest.approx(own.mean().item(), abs=1e-5)
+    assert scores["s"]["base"] == pytest.approx(before.mean().item(), abs=1e-5)
+    counted = reference >= 0.01
+    if counted.any():
+        rate = ((reference - own).abs() / reference)[counted].mean().item()
+        assert scores["in_prompt/csdr"]["value"] == pytest.approx(rate, rel=1e-3)
+    assert scores["in_prompt/csdr"]["n"] == int(counted.sum())
+
+
+def test_a_file_of_prompts_is_painted_with_its_own_seeds_and_guidance(
+    evaluator: Evaluator, model: TextToImage, tmp_path: Path
+) -> None:
+    file = tmp_path / "prompts.csv"
+    file.write_text("prompt,evaluation_seed,evaluation_guidance\na cat,7,1.5\na dog,8,1.5\na bird,9,\n")
+    rate = {"static": Rate("attack/static/asr", "", "", ("static",), ("target",))}
+    evaluator = Evaluator(rate, evaluator.detector, evaluator.sampler, 4, prompts_csv=str(file))
+    store = PictureStore(tmp_path / "store")
+    plan = painted(evaluator, model, store, "k", concept())
+    assert [(batch.seeds, batch.sampler.guidance) for batch in plan] == [([7, 8], 1.5), ([9], 2.0)]
+    assert evaluator.score(store, "k", "k", plan)["attack/static/asr"]["n"] == 3
+    by_hand = next(iter(paint(model, ["a cat", "a dog"], [7, 8], Sampler(steps=2, guidance=1.5), 4)))
+    assert torch.equal(by_hand, store.pictures("k", plan[0]))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="prompts_part is static or out_of_set"):
+        Evaluator(rate, evaluator.detector, evaluator.sampler, prompts_part="retain")
+
+
+def test_nan_is_refused_and_not_counted_as_gone(
+    evaluator: Evaluator, tiny_pipeline_folder: Path, tmp_path: Path
+) -> None:
+    broken = load_model({"name": "tiny", "path": str(tiny_pipeline_folder), "device": "cpu"})
+    next(iter(broken.group("cross_attention").values())).fill_(float("nan"))
+    store, plan = PictureStore(tmp_path), evaluator.plan(concept(), 0)
+    with pytest.raises(UserError, match="paints NaN for '"):
+        evaluator.paint(broken, store, "k", plan[0])
+    store.keep_pictures("k", plan[0], torch.zeros(4, 3, 64, 64, dtype=torch.uint8))
+
+    class Broken(PicturebookDetector):
+        def __call__(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.full((len(images), len(self.labels)), float("nan"))
+
+    judged = Evaluator(
+        {"ua": evaluator.metrics[0]},
+        Broken(str(evaluator.detector.folder)),
+        evaluator.sampler,
+        batch_size=4,  # type: ignore[attr-defined]
+    )
+    with pytest.raises(UserError, match="answers with NaN"):
+        judged.read(store, "k", plan[0])
 
 
 def test_the_grid_shows_the_stored_pictures(evaluator: Evaluator, tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def verdict(name: str, metric: Mapping[str, Any]) -> str:
             "[green]erased[/green]" if ratio <= 0.15 else "partly erased" if ratio <= 0.5 else "[red]not erased[/red]"
         )
     if not metric.get("higher_is_better", True) or not base or base < 0:
-        return "higher is better" if metric.get("higher_is_better", True) else "lower is better"
+        return "↑ is better" if metric.get("higher_is_better", True) else "↓ is better"
     ratio = value / base
     return "[green]kept[/green]" if ratio >= 0.9 else "partly lost" if ratio >= 0.7 else "[red]lost[/red]"
 
