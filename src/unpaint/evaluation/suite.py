@@ -6,7 +6,7 @@ on disk into numbers, one batch in memory at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +19,26 @@ from unpaint.concepts import TARGET, Concept
 from unpaint.errors import UserError, nearest
 from unpaint.evaluation.detectors import Detector, shows
 from unpaint.evaluation.grid import grid
-from unpaint.evaluation.metrics import Metric, asked
+from unpaint.evaluation.metrics import Metric, ReferenceMetric, asked
 from unpaint.evaluation.pictures import Batch, PictureStore, batches_of
 
 if TYPE_CHECKING:
     from unpaint.model import TextToImage
     from unpaint.sampling import Sampler
+
+
+class _FromDisk(Sequence[NDArray[np.float64]]):
+    """One part a batch, made each time it is asked for."""
+
+    def __init__(self, batches: Sequence[Batch], part: Callable[[Batch], NDArray[np.float64]]) -> None:
+        self.batches = batches
+        self.part = part
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, i: Any) -> Any:
+        return [self.part(batch) for batch in self.batches[i]] if isinstance(i, slice) else self.part(self.batches[i])
 
 
 class Evaluator:
@@ -34,7 +48,11 @@ class Evaluator:
     """
 
     def __init__(
-        self, metrics: Mapping[str, Metric], detector: Detector, sampler: Sampler, batch_size: int = 16
+        self,
+        metrics: Mapping[str, Metric | ReferenceMetric],
+        detector: Detector,
+        sampler: Sampler,
+        batch_size: int = 16,
     ) -> None:
         self.metrics = list(metrics.values())
         self.detector = detector
@@ -71,6 +89,18 @@ class Evaluator:
                 raise UserError(f"concept '{concept.name}': detector {self.detector.identity} lacks '{label}'{hint}")
         return batches_of(cases, self.batch_size, self.sampler)
 
+    def references(self, batches: Sequence[Batch]) -> list[Batch]:
+        """What the unedited model paints beside the plan, for metrics that compare with it; each batch once."""
+        found = {batch.name: batch for metric in self.metrics for batch in self._reference(metric, batches)}
+        planned = {batch.name for batch in batches}
+        return [batch for name, batch in found.items() if name not in planned]
+
+    def _reference(self, metric: Metric | ReferenceMetric, batches: Sequence[Batch]) -> list[Batch]:
+        if not isinstance(metric, ReferenceMetric):
+            return []
+        cases = [case for batch in batches for case in batch.cases if asked([case], metric.roles)]
+        return batches_of(metric.reference(cases), self.batch_size, self.sampler)
+
     def missing(self, store: PictureStore, key: str, batches: Iterable[Batch]) -> list[Batch]:
         """Those whose pictures are not in the store, or not intact."""
         return [batch for batch in batches if store.pictures(key, batch) is None]
@@ -83,33 +113,32 @@ class Evaluator:
         pictures = list(paint(model, batch.prompts, batch.seeds, self.sampler, self.batch_size))
         store.keep_pictures(key, batch, torch.cat(pictures))
 
-    def read(
-        self, store: PictureStore, key: str, batch: Batch, device: str | torch.device = "cpu"
-    ) -> list[NDArray[Any] | None]:
-        """What each metric's reader says of the batch, from the store or by looking at the stored pictures.
+    def read(self, store: PictureStore, key: str, batch: Batch, device: str | torch.device = "cpu") -> None:
+        """Let every judge that is asked about the batch look at its stored pictures, unless it has already.
 
-        One array (n, ...) a metric, in order; None for a metric that no case of the batch concerns. Raises UserError
-        if the pictures are not there.
+        Raises UserError if the pictures are not there.
         """
-        pictures: Tensor | None = None
-        found: dict[str, Tensor] = {}
-        readings: list[NDArray[Any] | None] = []
         for metric in self.metrics:
-            if not asked(batch.cases, metric.roles):
-                readings.append(None)
-                continue
-            name = (metric.reader or self.detector).identity
-            if name not in found:
-                kept = store.reading(key, name, batch)
-                if kept is None:
-                    pictures = self._pictures(store, key, batch).to(device) if pictures is None else pictures
-                    kept = self._look(metric, pictures, batch).float().cpu()
-                    store.keep_reading(key, name, batch, kept)
-                found[name] = kept
-            readings.append(found[name].numpy())
-        return readings
+            if asked(batch.cases, metric.roles):
+                self._reading(metric, store, key, batch, device)
 
-    def _look(self, metric: Metric, pictures: Tensor, batch: Batch) -> Tensor:
+    def _reading(
+        self,
+        metric: Metric | ReferenceMetric,
+        store: PictureStore,
+        key: str,
+        batch: Batch,
+        device: str | torch.device,
+    ) -> NDArray[Any]:
+        """What the metric's judge says of the batch, (n, ...), from the store or by looking at the stored pictures."""
+        name = (metric.reader or self.detector).identity
+        kept = store.reading(key, name, batch)
+        if kept is None:
+            kept = self._look(metric, self._pictures(store, key, batch).to(device), batch).float().cpu()
+            store.keep_reading(key, name, batch, kept)
+        return kept.numpy()
+
+    def _look(self, metric: Metric | ReferenceMetric, pictures: Tensor, batch: Batch) -> Tensor:
         # The batch is filled up: as with painting, the last bits may depend on how many rows run together.
         count = len(pictures)
         rows = [min(row, count - 1) for row in range(self.batch_size)]
@@ -140,23 +169,38 @@ class Evaluator:
         prompt and seed), higher_is_better, unit, title, detector. A metric that nothing in the batches concerns (a
         concept without neighbours) is left out.
         """
-        parts: dict[str, list[list[NDArray[np.float64]]]] = {metric.name: [[], []] for metric in self.metrics}
-        for batch in batches:
-            for side, key in enumerate((edited, base)):
-                for metric, reading in zip(self.metrics, self.read(store, key, batch, device), strict=True):
-                    if reading is not None:
-                        parts[metric.name][side].append(metric.part(batch.cases, reading, self.detector))
-        return {
-            metric.name: {
-                **metric.finish(*parts[metric.name]),
+        scores = {}
+        for metric in self.metrics:
+            own = [batch for batch in batches if asked(batch.cases, metric.roles)]
+            if not own:
+                continue
+            after, before = (self._parts(metric, store, key, own, device) for key in (edited, base))
+            if isinstance(metric, ReferenceMetric):
+                reference = self._parts(metric, store, base, self._reference(metric, batches), device)
+                found = metric.finish(after, before, reference)
+            else:
+                found = metric.finish(after, before)
+            scores[metric.name] = {
+                **found,
                 "higher_is_better": metric.higher_is_better,
                 "unit": metric.unit,
                 "title": metric.title,
                 "detector": (metric.reader or self.detector).identity,
             }
-            for metric in self.metrics
-            if parts[metric.name][0]
-        }
+        return scores
+
+    def _parts(
+        self,
+        metric: Metric | ReferenceMetric,
+        store: PictureStore,
+        key: str,
+        batches: Sequence[Batch],
+        device: str | torch.device,
+    ) -> Sequence[NDArray[np.float64]]:
+        def part(batch: Batch) -> NDArray[np.float64]:
+            return metric.part(batch.cases, self._reading(metric, store, key, batch, device), self.detector)
+
+        return _FromDisk(batches, part)
 
     def unlearning_accuracy(self, model: TextToImage, concept: Concept, seed: int, pictures: int = 64) -> float:
         """A quick look at the model as it is now: UA over the first target prompts, with seeds that no report uses."""

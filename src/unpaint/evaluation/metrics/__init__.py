@@ -1,7 +1,7 @@
 """Metrics: what is read from pictures, to a value with its interval, beside the unedited model's. One file a metric."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,12 +22,15 @@ class Reader(Protocol):
         ...
 
 
-class Metric(Protocol):
-    """A measure. Declares itself, and is two pure functions on arrays: `part` on one batch, `finish` on all.
+Parts = Sequence[NDArray[np.float64]]
+
+
+class Declared(Protocol):
+    """What every metric says of itself, and what it takes from one batch.
 
     name: `group/name`, stable. title: the same in plain words; `{target}`, `{axis}` and `{cross}` stand for the
-    concept's words, its axis and the crossed axis. unit: `rate` (0 to 1) or `cosine`. cost: in words. roles: it looks
-    at the cases in which some label has one of these roles. reader: None for the detector.
+    concept's words, its axis and the crossed axis. unit: `rate` (0 to 1), `cosine` or `distance`. cost: in words.
+    roles: it looks at the cases in which some label has one of these roles. reader: None for the detector.
     """
 
     @property
@@ -49,10 +52,28 @@ class Metric(Protocol):
         """What one batch contributes, from its cases and the rows (n, ...) that were read from their pictures."""
         ...
 
-    def finish(
-        self, edited: Sequence[NDArray[np.float64]], base: Sequence[NDArray[np.float64]]
-    ) -> Mapping[str, float | int]:
+
+class Metric(Declared, Protocol):
+    """A measure: two pure functions on arrays, `part` on one batch and `finish` on all.
+
+    The parts of `finish` come from disk, one batch each time one is asked for: memory need not grow with pictures.
+    """
+
+    def finish(self, edited: Parts, base: Parts) -> Mapping[str, Any]:
         """value, low, high, n, base and what else the record shall hold, from the parts in the same order."""
+        ...
+
+
+@runtime_checkable
+class ReferenceMetric(Declared, Protocol):
+    """A measure against further pictures, which only the unedited model paints (other seeds, other prompts)."""
+
+    def reference(self, cases: Sequence[Case]) -> list[Case]:
+        """What is painted for it, a pure function of the cases of the plan that it looks at, in the plan's order."""
+        ...
+
+    def finish(self, edited: Parts, base: Parts, reference: Parts) -> Mapping[str, Any]:
+        """As in `Metric`; `reference` are the parts of `batches_of(reference(cases))`."""
         ...
 
 
