@@ -19,7 +19,7 @@ from unpaint.concepts import TARGET, Concept
 from unpaint.errors import UserError, nearest
 from unpaint.evaluation.detectors import Detector, shows
 from unpaint.evaluation.grid import grid
-from unpaint.evaluation.metrics import Metric, ReferenceMetric, asked
+from unpaint.evaluation.metrics import Metric, PairReader, ReferenceMetric, asked
 from unpaint.evaluation.pictures import Batch, PictureStore, batches_of
 
 if TYPE_CHECKING:
@@ -116,35 +116,41 @@ class Evaluator:
     def read(self, store: PictureStore, key: str, batch: Batch, device: str | torch.device = "cpu") -> None:
         """Let every judge that is asked about the batch look at its stored pictures, unless it has already.
 
-        Raises UserError if the pictures are not there.
+        Pairs are left to `score`. Raises UserError if the pictures are not there.
         """
         for metric in self.metrics:
-            if asked(batch.cases, metric.roles):
-                self._reading(metric, store, key, batch, device)
+            if asked(batch.cases, metric.roles) and not isinstance(metric.reader, PairReader):
+                self._reading(metric, store, key, key, batch, device)
 
     def _reading(
         self,
         metric: Metric | ReferenceMetric,
         store: PictureStore,
         key: str,
+        base: str,
         batch: Batch,
         device: str | torch.device,
     ) -> NDArray[Any]:
         """What the metric's judge says of the batch, (n, ...), from the store or by looking at the stored pictures."""
-        name = (metric.reader or self.detector).identity
+        pairs = isinstance(metric.reader, PairReader)
+        name = (metric.reader or self.detector).identity + (f"-{base}" if pairs else "")
         kept = store.reading(key, name, batch)
         if kept is None:
-            kept = self._look(metric, self._pictures(store, key, batch).to(device), batch).float().cpu()
+            sides = [self._pictures(store, side, batch).to(device) for side in ((key, base) if pairs else (key,))]
+            kept = self._look(metric, sides, batch).float().cpu()
             store.keep_reading(key, name, batch, kept)
         return kept.numpy()
 
-    def _look(self, metric: Metric | ReferenceMetric, pictures: Tensor, batch: Batch) -> Tensor:
+    def _look(self, metric: Metric | ReferenceMetric, sides: Sequence[Tensor], batch: Batch) -> Tensor:
         # The batch is filled up: as with painting, the last bits may depend on how many rows run together.
-        count = len(pictures)
+        count = len(batch.cases)
         rows = [min(row, count - 1) for row in range(self.batch_size)]
+        pictures, *unedited = (side[rows] for side in sides)
         if metric.reader is None:
-            return self.detector(pictures[rows].float() / 255)[:count]
-        return metric.reader.read(pictures[rows], [batch.prompts[row] for row in rows])[:count]
+            return self.detector(pictures.float() / 255)[:count]
+        if isinstance(metric.reader, PairReader):
+            return metric.reader.compare(pictures, *unedited)[:count]
+        return metric.reader.read(pictures, [batch.prompts[row] for row in rows])[:count]
 
     def _pictures(self, store: PictureStore, key: str, batch: Batch) -> Tensor:
         pictures = store.pictures(key, batch)
@@ -166,17 +172,17 @@ class Evaluator:
         """Metric name -> what the record holds of it, from the stored pictures of both models.
 
         Keys: value, low, high, n, base, base_low, base_high, delta, delta_low, delta_high (edited - base, paired by
-        prompt and seed), higher_is_better, unit, title, detector. A metric that nothing in the batches concerns (a
-        concept without neighbours) is left out.
+        prompt and seed), higher_is_better, unit, title, detector and its false_positive_rate where known. A metric that
+        nothing in the batches concerns (a concept without neighbours) is left out.
         """
-        scores = {}
+        scores: dict[str, dict[str, Any]] = {}
         for metric in self.metrics:
             own = [batch for batch in batches if asked(batch.cases, metric.roles)]
             if not own:
                 continue
-            after, before = (self._parts(metric, store, key, own, device) for key in (edited, base))
+            after, before = (self._parts(metric, store, key, base, own, device) for key in (edited, base))
             if isinstance(metric, ReferenceMetric):
-                reference = self._parts(metric, store, base, self._reference(metric, batches), device)
+                reference = self._parts(metric, store, base, base, self._reference(metric, batches), device)
                 found = metric.finish(after, before, reference)
             else:
                 found = metric.finish(after, before)
@@ -187,6 +193,9 @@ class Evaluator:
                 "title": metric.title,
                 "detector": (metric.reader or self.detector).identity,
             }
+            false_positives = getattr(self.detector, "false_positive_rate", None)
+            if metric.reader is None and false_positives is not None:
+                scores[metric.name]["false_positive_rate"] = false_positives
         return scores
 
     def _parts(
@@ -194,11 +203,12 @@ class Evaluator:
         metric: Metric | ReferenceMetric,
         store: PictureStore,
         key: str,
+        base: str,
         batches: Sequence[Batch],
         device: str | torch.device,
     ) -> Sequence[NDArray[np.float64]]:
         def part(batch: Batch) -> NDArray[np.float64]:
-            return metric.part(batch.cases, self._reading(metric, store, key, batch, device), self.detector)
+            return metric.part(batch.cases, self._reading(metric, store, key, base, batch, device), self.detector)
 
         return _FromDisk(batches, part)
 

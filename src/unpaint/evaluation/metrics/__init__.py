@@ -22,6 +22,18 @@ class Reader(Protocol):
         ...
 
 
+@runtime_checkable
+class PairReader(Protocol):
+    """Something that looks at a picture and at the unedited model's of the same prompt and seed, side by side."""
+
+    @property
+    def identity(self) -> str: ...
+
+    def compare(self, pictures: Tensor, unedited: Tensor) -> Tensor:
+        """One row a pair, (n, ...), of pictures uint8 (n, 3, H, W) on any device."""
+        ...
+
+
 Parts = Sequence[NDArray[np.float64]]
 
 
@@ -46,7 +58,7 @@ class Declared(Protocol):
     @property
     def roles(self) -> Sequence[str]: ...
     @property
-    def reader(self) -> Reader | None: ...
+    def reader(self) -> Reader | PairReader | None: ...
 
     def part(self, cases: Sequence[Case], reading: NDArray[Any], detector: Detector) -> NDArray[np.float64]:
         """What one batch contributes, from its cases and the rows (n, ...) that were read from their pictures."""
