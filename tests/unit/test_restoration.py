@@ -20,18 +20,18 @@ from unpaint.sampling import Sampler, paint
 OPTIONS = Relearning(pictures=2, lr=1e-3, steps=4, every=2, batch_size=2, judged=6)
 
 
-class Redder:
-    """Says how much a picture resembles one or another colour; a label counts from its threshold on."""
+class Colours:
+    """A cat is green and a dog is red: the mean of that colour is the probability."""
 
     labels: Sequence[str] = ("object/cat", "object/dog")
-    identity = "redder"
+    identity = "colours"
     only_for = None
 
     def __init__(self, cat: float, dog: float = 0.5) -> None:
         self.thresholds: Mapping[str, float] = {"object/cat": cat, "object/dog": dog}
 
     def __call__(self, images: Tensor) -> Tensor:
-        return images.mean(dim=(2, 3))[:, :2]
+        return images.mean(dim=(2, 3))[:, [1, 0]]
 
 
 def concept(word: str = "cat") -> Concept:
@@ -52,7 +52,7 @@ def concept(word: str = "cat") -> Concept:
     )
 
 
-def evaluator(detector: Redder) -> Evaluator:
+def evaluator(detector: Colours) -> Evaluator:
     return Evaluator({"ua": Rate("erasure/ua", "", "", ("target",))}, detector, Sampler(steps=2, guidance=1), 4)
 
 
@@ -62,7 +62,7 @@ def model(tiny_pipeline_folder: Path) -> TextToImage:
 
 
 def change(model: TextToImage, name: str, factor: float) -> Edit:
-    """The edit that multiplies the UNet's last layer or its first."""
+    """The edit that multiplies one of the UNet's tensors."""
     key = f"unet.{name}"
     weight = dict(model.pipe.unet.named_parameters())[name]
     before = weight.detach().clone()
@@ -76,31 +76,36 @@ def bits(model: TextToImage) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in model.pipe.unet.state_dict().items()}
 
 
-def redness(model: TextToImage) -> list[float]:
+def greens(model: TextToImage) -> list[float]:
     cases = concept().cases(0)
     pictures = torch.cat(list(paint(model, [c.prompt for c in cases], [c.seed for c in cases], Sampler(2, 1), 4)))
-    return (pictures.float() / 255).mean(dim=(2, 3))[:, 0].tolist()
+    return (pictures.float() / 255).mean(dim=(2, 3))[:, 1].tolist()
+
+
+@pytest.fixture(scope="module")
+def ungreen(model: TextToImage) -> Edit:
+    """Shifts the noise that is predicted by 3: pictures lose their green, of which a cat has 0.48 or more."""
+    bias = model.pipe.unet.conv_out.bias
+    before = bias.detach().clone()
+    bias.data.add_(3)
+    edit = Edit.from_change(model.pipe, {"unet.conv_out.bias": before}, method="test", concept="cat", config={})
+    bias.data.copy_(before)
+    return edit
 
 
 def test_an_edit_that_does_nothing_is_relearned_in_no_step(model: TextToImage) -> None:
     edit = change(model, "conv_out.weight", 1.0001)
-    found = relearn(model, edit, concept(), evaluator(Redder(cat=0.0)), 0, OPTIONS)
+    found = relearn(model, edit, concept(), evaluator(Colours(cat=0.0)), 0, OPTIONS)
     assert (found["value"], found["relearned"], found["shown"], found["n"]) == (0, True, 1.0, 6)
     assert [point[:2] for point in found["curve"]] == [[0, 1.0]]
 
 
-def test_what_does_not_come_back_has_a_curve_to_the_end_and_the_model_its_bits(model: TextToImage) -> None:
-    edit = change(model, "conv_out.weight", -3)
-    plain = redness(model)
-    edit.apply(model.pipe)
-    erased = redness(model)
-    edit.remove(model.pipe)
-    between = (min(plain) + max(erased)) / 2 if min(plain) > max(erased) else None
-    if between is None:  # darker is "cat", then
-        pytest.skip("the tiny pipeline's edit does not part the pictures")
+def test_what_does_not_come_back_has_a_curve_to_the_end_and_the_model_its_bits(
+    model: TextToImage, ungreen: Edit
+) -> None:
     before, rng = bits(model), torch.get_rng_state()
     steps: list[int] = []
-    found = relearn(model, edit, concept(), evaluator(Redder(cat=between)), 0, OPTIONS, steps.append)
+    found = relearn(model, ungreen, concept(), evaluator(Colours(cat=0.48)), 0, OPTIONS, steps.append)
     assert (found["value"], found["relearned"], found["shown"]) == (4, False, 1.0)
     assert [point[:2] for point in found["curve"]] == [[0, 0.0], [2, 0.0], [4, 0.0]]
     assert sum(steps) == 4
@@ -108,12 +113,19 @@ def test_what_does_not_come_back_has_a_curve_to_the_end_and_the_model_its_bits(m
     assert applied(model.pipe) == []
     assert not any(p.requires_grad or p.grad is not None for p in model.pipe.unet.parameters())
     assert torch.equal(torch.get_rng_state(), rng)
-    assert relearn(model, edit, concept(), evaluator(Redder(cat=between)), 0, OPTIONS) == found
+    assert relearn(model, ungreen, concept(), evaluator(Colours(cat=0.48)), 0, OPTIONS) == found
+
+
+def test_what_was_pushed_aside_comes_back(model: TextToImage, ungreen: Edit) -> None:
+    options = Relearning(pictures=2, lr=0.1, steps=60, every=15, batch_size=2, judged=6)
+    found = relearn(model, ungreen, concept(), evaluator(Colours(cat=0.48)), 0, options)
+    assert found["relearned"] and 0 < found["value"] <= 60 and found["value"] % 15 == 0
+    assert found["curve"][0][1] == 0 and found["curve"][-1][1] >= 0.5
 
 
 def test_a_concept_that_was_never_painted_is_not_trained(model: TextToImage) -> None:
     edit = change(model, "conv_out.weight", 2)
-    found = relearn(model, edit, concept(), evaluator(Redder(cat=1.1)), 0, OPTIONS)
+    found = relearn(model, edit, concept(), evaluator(Colours(cat=1.1)), 0, OPTIONS)
     assert (found["relearned"], found["curve"], found["shown"]) == (None, [], 0.0)
 
 
@@ -141,7 +153,7 @@ def test_relearning_goes_on_from_an_exception_with_the_model_intact(model: TextT
     def stop(_: int) -> None:
         raise KeyboardInterrupt
 
-    class Once(Redder):
+    class Once(Colours):
         """Shows the concept to the unedited model only."""
 
         calls = 0
@@ -169,8 +181,8 @@ def test_the_subset_matrix_is_what_each_subset_paints(model: TextToImage) -> Non
         "both": change(model, "conv_out.bias", 5),
     }
     concepts = {"cat": concept("cat"), "dog": concept("dog"), "both": concept("cat")}
-    plain = sorted(redness(model))
-    judge = evaluator(Redder(cat=plain[3], dog=plain[2]))
+    plain = sorted(greens(model))
+    judge = evaluator(Colours(cat=plain[3], dog=0.383))
     before = bits(model)
     found = subsets(model, edits, concepts, judge, 0, pictures=6)
     assert all(torch.equal(value, before[key]) for key, value in model.pipe.unet.state_dict().items())
@@ -191,7 +203,7 @@ def test_the_subset_matrix_is_what_each_subset_paints(model: TextToImage) -> Non
         for member, label in (("cat", 0), ("dog", 1)):
             cases = concepts[member].cases(0)
             painted = paint(model, [c.prompt for c in cases], [c.seed for c in cases], Sampler(2, 1), 4)
-            says = (torch.cat(list(painted)).float() / 255).mean(dim=(2, 3))[:, label]
+            says = (torch.cat(list(painted)).float() / 255).mean(dim=(2, 3))[:, 1 - label]
             expected = (says >= judge.detector.thresholds[f"object/{member}"]).float().mean().item()
             assert row[member][0] == pytest.approx(expected)
         for name in names:

@@ -80,12 +80,14 @@ def relearn(
     cases = _questions(concept, seed, options.judged)[0]
     seeds = [seed_of("attack", seed, 2, i) for i in range(options.judged)]
     base = _share(model, cases, seeds, evaluator)[0]
-    value, relearned, curve = options.steps, None, []
+    value: int = options.steps
+    relearned: bool | None = None
+    curve: list[tuple[int, float, float, float]] = []
     if base > 0:
         latents = _lessons(model, prompts, seed, evaluator.sampler, options)
         with _applied(model, [edit]), _trainable(model) as parameters:
             optimizer = torch.optim.Adam(parameters, lr=options.lr)
-            curve = [[0, *_share(model, cases, seeds, evaluator)]]
+            curve = [(0, *_share(model, cases, seeds, evaluator))]
             for step in range(options.steps):
                 if curve[-1][1] >= base / 2:
                     break
@@ -94,7 +96,7 @@ def relearn(
                 optimizer.step()
                 done = step + 1
                 if done % options.every == 0 or done == options.steps:
-                    curve.append([done, *_share(model, cases, seeds, evaluator)])
+                    curve.append((done, *_share(model, cases, seeds, evaluator)))
                 if progress:
                     progress(1)
         value, relearned = curve[-1][0], curve[-1][1] >= base / 2
@@ -103,7 +105,7 @@ def relearn(
         "relearned": relearned,
         "shown": base,
         "base": None,
-        "curve": curve,
+        "curve": [list(point) for point in curve],
         "n": options.judged,
         "higher_is_better": True,
         "unit": "steps",
@@ -187,8 +189,9 @@ def subsets(
     if names != sorted(concepts) or len(names) < 2:
         raise UserError(f"subsets need an edit and a concept for each of two or more members, not {names}")
     whole = frozenset(names)
-    chosen = {frozenset(): None} | {frozenset([name]): None for name in names}
-    chosen |= {whole - {name}: None for name in names} | {whole: None}
+    # Each once: with two members, one alone is all but the other.
+    each, but = [frozenset([name]) for name in names], [whole - {name} for name in names]
+    chosen = dict.fromkeys([frozenset[str](), *each, *but, whole])
     shown: dict[frozenset[str], dict[str, tuple[float, float, float]]] = {}
     for subset in chosen:
         with _applied(model, [edits[name] for name in sorted(subset)]):
