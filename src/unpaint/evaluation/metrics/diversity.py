@@ -34,7 +34,7 @@ class Diversity:
 
     def part(self, cases: Sequence[Case], reading: NDArray[Any], detector: Detector) -> NDArray[np.float64]:
         """For each group in the batch: a number for its name, how many pictures, the sum of their unit features."""
-        rows, features = rows_of(cases, reading, self.roles)
+        rows, features = rows_of(cases, reading, self)
         units = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
         names = np.array([crc32(cases[row].group.encode()) for row in rows])
         sums = [(name, np.sum(names == name), *units[names == name].sum(axis=0)) for name in np.unique(names)]

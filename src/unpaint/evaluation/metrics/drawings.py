@@ -48,7 +48,7 @@ class Drawings:
 
     def part(self, cases: Sequence[Case], reading: NDArray[Any], detector: Detector) -> NDArray[np.float64]:
         """What to draw for each picture that counts, in CODE numbers, and the picture's features: (n, CODE + d)."""
-        rows, features = rows_of(cases, reading, self.roles)
+        rows, features = rows_of(cases, reading, self)
         codes = np.array([_code(cases[row]) for row in rows], dtype=np.float64).reshape(-1, CODE)
         return np.concatenate([codes, features], axis=1)
 

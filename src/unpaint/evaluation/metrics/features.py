@@ -11,7 +11,7 @@ from torch import Tensor
 from unpaint.concepts import IN_DOMAIN, NEIGHBOUR, Case
 from unpaint.errors import UserError
 from unpaint.evaluation.detectors.picturebook import BUILT_IN as DETECTOR
-from unpaint.evaluation.metrics import Reader, asked
+from unpaint.evaluation.metrics import Declared, Reader, asked
 from unpaint.evaluation.metrics.clip_score import BUILT_IN as CLIP
 from unpaint.evaluation.pretrained import Clip, Source
 
@@ -62,11 +62,9 @@ class ClipFeatures:
         return self.clip.see(pictures)
 
 
-def rows_of(
-    cases: Sequence[Case], reading: NDArray[Any], roles: Sequence[str]
-) -> tuple[list[int], NDArray[np.float64]]:
-    """Which cases are asked about in these roles, and their features. Raises UserError on NaN and infinity."""
-    rows = sorted({row for row, _ in asked(cases, roles)})
+def rows_of(cases: Sequence[Case], reading: NDArray[Any], metric: Declared) -> tuple[list[int], NDArray[np.float64]]:
+    """Which cases the metric looks at, and their features. Raises UserError on NaN and infinity."""
+    rows = sorted({row for row, _ in asked(cases, metric.roles)})
     features = reading[rows].astype(np.float64)
     bad = ~np.isfinite(features).all(axis=1)
     if bad.any():

@@ -36,7 +36,7 @@ class Fid:
 
     def part(self, cases: Sequence[Case], reading: NDArray[Any], detector: Detector) -> NDArray[np.float64]:
         """The features of the pictures that count, (n, d)."""
-        return rows_of(cases, reading, self.roles)[1]
+        return rows_of(cases, reading, self)[1]
 
     def finish(self, edited: Parts, base: Parts, reference: Parts) -> Mapping[str, Any]:
         """As `distances.summary`; n, d (features), and a note if there are too few pictures for so many features."""

@@ -40,7 +40,7 @@ class Pairs:
 
     def part(self, cases: Sequence[Case], reading: NDArray[Any], detector: Detector) -> NDArray[np.float64]:
         """The distances of the pictures that count, (n,)."""
-        return rows_of(cases, reading[:, None], self.roles)[1][:, 0]
+        return rows_of(cases, reading[:, None], self)[1][:, 0]
 
     def finish(self, edited: Parts, base: Parts) -> Mapping[str, Any]:
         return mean_summary(np.concatenate(edited), np.concatenate(base))

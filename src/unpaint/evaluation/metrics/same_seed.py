@@ -44,7 +44,7 @@ class SameSeed:
 
     def part(self, cases: Sequence[Case], reading: NDArray[Any], detector: Detector) -> NDArray[np.float64]:
         """The features of the pictures that count, (n, d)."""
-        return rows_of(cases, reading, self.roles)[1]
+        return rows_of(cases, reading, self)[1]
 
     def finish(self, edited: Parts, base: Parts, reference: Parts) -> Mapping[str, Any]:
         moved, still, elsewhere = [], [], []
