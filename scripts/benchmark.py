@@ -130,8 +130,8 @@ def score_made_up(n: int, kid: bool) -> dict[str, float]:
     features, detector = Cheap(160), Cheap(2)
     clip = ClipScore("", "")
     metrics: dict[str, Any] = {
-        "ua": Rate("erasure/ua", "", "", ("target",), counts="absent"),
-        "ira": Rate("retention/ira", "", "", ("in_domain",)),
+        "ua": Rate("erasure/ua", "", "", ("target",), ("target",), counts="absent"),
+        "ira": Rate("retention/ira", "", "", ("retain",), ("in_domain",)),
         "clip": clip,
         "fid": Fid("", "", features),
         "seed": SameSeed("", "", features),
@@ -141,7 +141,11 @@ def score_made_up(n: int, kid: bool) -> dict[str, float]:
         metrics["kid"] = Kid("", "", features)
     evaluator = Evaluator(metrics, detector, Sampler())
     wants = ({"object/cat": "target"}, {"object/dog": "in_domain"})
-    batches = batches_of([Case(f"{i}", i, wants[i % 4 > 0], f"{i % 4}") for i in range(n)], 16, evaluator.sampler)
+    batches = batches_of(
+        [Case(f"{i}", i, wants[i % 4 > 0], f"{i % 4}", ("target", "retain")[i % 4 > 0]) for i in range(n)],
+        16,
+        evaluator.sampler,
+    )
     generator = torch.Generator().manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         store = PictureStore(Path(folder))

@@ -283,7 +283,9 @@ def _check_whole(cfg: DictConfig, command: str | None) -> None:
     if command != "evaluate" and whole.get("edit"):
         raise UserError(f"edit={whole.edit}: {command} makes its own edit; to measure a finished one: unpaint evaluate")
     if str(whole.concept.get("_target_")).startswith("unpaint.concepts."):
-        instantiate(whole.concept)  # pure data: it says at once if it contradicts itself
+        concept = instantiate(whole.concept)  # pure data: it says at once if it contradicts itself
+        if command != "erase" or whole.probes:
+            _check_labels(concept, whole.evaluator.get("detector"))
     _check_model(whole.model)
     if whole.get("edit"):
         _check_edit(Path(str(whole.edit)).expanduser(), whole.model)
@@ -315,6 +317,23 @@ def model_folder(model: DictConfig) -> Path | None:
     if model.get("path"):
         return Path(str(model.path)).expanduser()
     return None if model.get("hub") else WEIGHTS
+
+
+def _check_labels(concept: Any, detector: DictConfig | None) -> None:
+    """Whether Picturebook's detector knows what is counted; other detectors are asked by the evaluator."""
+    if detector is None or detector.get("_target_") != "unpaint.evaluation.detectors.picturebook.PicturebookDetector":
+        return
+    folder = Path(str(detector.path)).expanduser() if detector.get("path") else WEIGHTS / "detector"
+    try:
+        known = list(json.loads((folder / "config.json").read_text(encoding="utf-8"))["id2label"].values())
+    except (OSError, ValueError, KeyError):
+        return  # the detector itself says what is wrong with its folder
+    for label in concept.counted_labels():
+        if label not in known:
+            raise UserError(
+                f"concept '{concept.name}': Picturebook's detector does not know '{label}'{nearest(label, known)}; "
+                "another: detector@evaluator.detector=NAME"
+            )
 
 
 def _check_model(model: DictConfig) -> None:

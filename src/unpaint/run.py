@@ -20,7 +20,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from unpaint.concepts import Concept
+from unpaint.concepts import AnyConcept
 from unpaint.config import edit_id, identity, instantiate, run_folder, run_id
 from unpaint.edit_header import read_header
 from unpaint.errors import UserError, environment_fault
@@ -40,7 +40,7 @@ class Run:
 
     cfg: DictConfig
     folder: Path
-    concept: Concept
+    concept: AnyConcept
     method: Method | None
     evaluator: Evaluator
 
@@ -105,7 +105,7 @@ def evaluate(cfg: DictConfig) -> RunRecord:
 
 
 def _prepared(cfg: DictConfig) -> Run:
-    concept: Concept = instantiate(cfg.concept, cfg.plugins)
+    concept: AnyConcept = instantiate(cfg.concept, cfg.plugins)
     method: Method = instantiate(cfg.method, cfg.plugins)
     method.check(concept)
     if cfg.model.dtype != "float32" and "mixed" not in str(cfg.trainer.precision):
@@ -325,7 +325,8 @@ def _evaluated(this: Run, model: Any, edit_file: Path, record: RunRecord) -> Non
     edit.apply(model.pipe)
     try:
         trainer = new_trainer(cfg, this.folder, [], precision="32-true")
-        paint_all(trainer, evaluator, model, store, edited, batches, "painting, edited")
+        answers = [batch for batch in batches if batch.answers is None]
+        paint_all(trainer, evaluator, model, store, edited, answers, "painting, edited")
     finally:
         edit.remove(model.pipe)
     record.metrics = evaluator.score(store, edited, base, batches, model.device)

@@ -159,7 +159,11 @@ def paint(
             with torch.inference_mode():
                 condition = run.condition(text, model.encode([negative]))
                 latents = _final(run, condition, [seeds[row] for row in rows], weights)
-                pictures = _to_uint8(model.decode(latents))
+                decoded = model.decode(latents)
+                # As bytes it would be a black picture, in which everything is gone.
+                if not torch.isfinite(decoded).all():
+                    raise UserError(f"the model paints NaN for '{prompts[first]}': its weights or its dtype are broken")
+                pictures = _to_uint8(decoded)
             yield pictures[:count].clone()
             if progress:
                 progress(count)

@@ -67,7 +67,7 @@ def test_good_overrides_pass(override: str) -> None:
 
 
 def test_sweeps_are_checked_value_by_value() -> None:
-    check(["method.lr=choice(0.1,1)", "seed=range(0,3)", "concept=glob(c*)"], "run", multirun=True)
+    check(["method.lr=choice(0.1,1)", "seed=range(0,3)", "concept=glob(f*)"], "run", multirun=True)
     check(["hydra.mode=MULTIRUN", "seed=0,1"], "run")
     check(["method.lr=interval(0.1,1)"], "run", multirun=True)
     with pytest.raises(UserError, match=r"method\.steps=two: expected a whole number"):

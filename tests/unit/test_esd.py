@@ -20,8 +20,7 @@ def a_batch(method: ESD, prompts: list[str]) -> Batch:
 
 def test_the_loss_is_equation_7(begun: Begun) -> None:
     method, losses = begun("method.negative_guidance=2.0")
-    assert method.bare == "a cat"
-    batch = a_batch(method, ["a cat", "a cat in a room"])
+    batch = a_batch(method, ["a cat", "a kitten in neon style"])
     unet, model = method.job.model.pipe.unet, method.job.model
     with torch.no_grad():
         for parameter in method.job.weights.values():

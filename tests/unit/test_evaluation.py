@@ -39,7 +39,7 @@ def concept(word: str = "cat", **changes: Any) -> Concept:
         name=word,
         kind="individual",
         axis="object",
-        label=f"object/{word}",
+        labels=(f"object/{word}",),
         target=f"a {word}",
         anchor="a thing",
         templates=("{concept}",),
@@ -50,9 +50,9 @@ def concept(word: str = "cat", **changes: Any) -> Concept:
 
 def metrics(clip: Path) -> dict[str, Any]:
     return {
-        "ua": Rate("erasure/ua", "", "", ("target",), counts="absent"),
-        "ira": Rate("retention/ira", "", "", ("in_domain", "neighbour")),
-        "cra": Rate("retention/cra", "", "", ("cross_domain",)),
+        "ua": Rate("erasure/ua", "", "", ("target",), ("target",), counts="absent"),
+        "ira": Rate("retention/ira", "", "", ("retain",), ("in_domain", "neighbour")),
+        "cra": Rate("retention/cra", "", "", ("target", "retain"), ("cross_domain",)),
         "clip": ClipScore("", "", str(clip)),
     }
 
@@ -208,7 +208,7 @@ def test_a_metric_that_nothing_concerns_is_left_out(evaluator: Evaluator, model:
         name="cat",
         kind="individual",
         axis="object",
-        label="object/cat",
+        labels=("object/cat",),
         target="a cat",
         anchor="a dog",
         templates=("{concept}",),
@@ -219,7 +219,7 @@ def test_a_metric_that_nothing_concerns_is_left_out(evaluator: Evaluator, model:
 
 
 def test_evaluators_that_make_no_sense_are_refused(tiny_clip_folder: Path) -> None:
-    two = {"a": Rate("a/b", "", "", ("target",)), "b": Rate("a/b", "", "", ("target",))}
+    two = {"a": Rate("a/b", "", "", ("target",), ("target",)), "b": Rate("a/b", "", "", ("target",), ("target",))}
     with pytest.raises(UserError, match="two metrics of the evaluator are called 'a/b'"):
         Evaluator(two, PicturebookDetector(), Sampler())
     with pytest.raises(UserError, match="no metrics"):

@@ -137,7 +137,7 @@ def test_the_interval_is_the_jackknifes_and_covers() -> None:
 
 
 def cases(n: int, label: str = "object/dog", role: str = "in_domain") -> list[Case]:
-    return [Case(f"{label} {i}", 8 * i, {label: role}, label) for i in range(n)]
+    return [Case(f"{label} {i}", 8 * i, {label: role}, label, "retain") for i in range(n)]
 
 
 def test_fid_and_kid_at_both_ends() -> None:
@@ -240,7 +240,7 @@ def scene_cases() -> list[Case]:
     for i in range(24):
         wants = {("object/dog", "object/bird")[i % 2]: "in_domain", "style/flat": "cross_domain"}
         wants |= {"setting/none": "context"} if i % 3 else {"setting/beach": "context"}
-        found.append(Case(f"{i}", 8 * i + 3, wants, next(iter(wants))))
+        found.append(Case(f"{i}", 8 * i + 3, wants, next(iter(wants)), "retain"))
     return found
 
 

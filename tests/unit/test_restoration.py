@@ -53,7 +53,9 @@ def concept(word: str = "cat") -> Concept:
 
 
 def evaluator(detector: Colours) -> Evaluator:
-    return Evaluator({"ua": Rate("erasure/ua", "", "", ("target",))}, detector, Sampler(steps=2, guidance=1), 4)
+    return Evaluator(
+        {"ua": Rate("erasure/ua", "", "", ("target",), ("target",))}, detector, Sampler(steps=2, guidance=1), 4
+    )
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,13 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from unpaint.concepts import Case
+from unpaint.concepts import NEUTRAL, Case
 from unpaint.tensor_file import read_tensor, write_tensor
 
 if TYPE_CHECKING:
@@ -26,10 +26,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Batch:
-    """Cases that are painted together. `name` is a hash of prompts, seeds, sampler and batch size."""
+    """Cases that are painted together, all of one part. `name` is a hash of prompts, seeds, sampler and batch size.
+
+    `answers`: for neutral prompts, which only the unedited model paints, the batch of the same questions with the
+    concept in them, which both models paint.
+    """
 
     cases: tuple[Case, ...]
     name: str
+    sampler: Sampler
+    answers: Batch | None = None
 
     @property
     def prompts(self) -> list[str]:
@@ -41,21 +47,30 @@ class Batch:
 
 
 def batches_of(cases: Sequence[Case], size: int, sampler: Sampler) -> list[Batch]:
-    """Cut cases into batches of at most `size`, none of which spans two groups.
+    """Cut cases into batches of at most `size`, none of which spans two groups or two values of guidance.
 
     A batch's name depends on nothing outside it, so concepts that ask for the same label share its batches.
     """
     batches = []
-    groups: dict[str, list[Case]] = {}
+    groups: dict[tuple[str, float | None], list[Case]] = {}
     for case in cases:
-        groups.setdefault(case.group, []).append(case)
-    for members in groups.values():
-        for start in range(0, len(members), size):
-            some = tuple(members[start : start + size])
-            content = [[case.prompt for case in some], [case.seed for case in some], asdict(sampler), size]
-            text = json.dumps(content, sort_keys=True)
-            batches.append(Batch(some, hashlib.sha256(text.encode()).hexdigest()[:16]))
+        groups.setdefault((case.group, case.guidance), []).append(case)
+    for (_, guidance), members in groups.items():
+        own = sampler if guidance is None else replace(sampler, guidance=guidance)
+        batches += [_batch(members[start : start + size], size, own) for start in range(0, len(members), size)]
     return batches
+
+
+def neutral(batch: Batch, size: int) -> Batch:
+    """The batch's prompts without the concept, from the same seeds."""
+    cases = [replace(case, prompt=case.neutral, group=f"{case.group} neutral", part=NEUTRAL) for case in batch.cases]
+    return replace(_batch(cases, size, batch.sampler), answers=batch)
+
+
+def _batch(cases: Sequence[Case], size: int, sampler: Sampler) -> Batch:
+    content = [[case.prompt for case in cases], [case.seed for case in cases], asdict(sampler), size]
+    text = json.dumps(content, sort_keys=True)
+    return Batch(tuple(cases), hashlib.sha256(text.encode()).hexdigest()[:16], sampler)
 
 
 def picture_key(model: TextToImage, edit: str | None = None) -> str:

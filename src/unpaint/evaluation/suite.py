@@ -15,12 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unpaint.concepts import TARGET, Concept
+from unpaint.concepts import IN_SET, NEUTRAL, OUT_OF_SET, STATIC, TARGET, AnyConcept
 from unpaint.errors import UserError, nearest
-from unpaint.evaluation.detectors import Detector, shows
+from unpaint.evaluation.detectors import Detector
 from unpaint.evaluation.grid import grid
 from unpaint.evaluation.metrics import Metric, PairReader, ReferenceMetric, asked
-from unpaint.evaluation.pictures import Batch, PictureStore, batches_of
+from unpaint.evaluation.metrics.rates import shown
+from unpaint.evaluation.pictures import Batch, PictureStore, batches_of, neutral
+from unpaint.evaluation.prompt_lists import cases_of, prompts_from_csv
 
 if TYPE_CHECKING:
     from unpaint.model import TextToImage
@@ -44,7 +46,10 @@ class _FromDisk(Sequence[NDArray[np.float64]]):
 class Evaluator:
     """Metrics that share a detector, a sampler and the pictures.
 
-    metrics: any name -> Metric; the order is the record's. Raises UserError on two metrics of one name.
+    metrics: any name -> Metric; the order is the record's. prompts_csv: a file of prompts that ask for the concept,
+    see `prompt_lists`; prompts_part: the part that they belong to, `static` or `out_of_set`. times: how many times as
+    many pictures as the concept says, as far as it has different prompts.
+    Raises UserError on two metrics of one name.
     """
 
     def __init__(
@@ -53,18 +58,27 @@ class Evaluator:
         detector: Detector,
         sampler: Sampler,
         batch_size: int = 16,
+        prompts_csv: str | None = None,
+        prompts_part: str = STATIC,
+        times: int = 1,
     ) -> None:
         self.metrics = list(metrics.values())
         self.detector = detector
         self.sampler = sampler
         self.batch_size = batch_size
+        self.prompts_csv = prompts_csv
+        self.prompts_part = prompts_part
+        self.times = times
         names = [metric.name for metric in self.metrics]
         if not names:
             raise UserError("the evaluator has no metrics; give it one, e.g. +metric@evaluator.metrics.ua=ua")
         if len(set(names)) < len(names):
             raise UserError(f"two metrics of the evaluator are called '{max(names, key=names.count)}'")
-        if batch_size < 1:
-            raise UserError(f"evaluator.batch_size is at least 1, not {batch_size}")
+        for key, number in (("batch_size", batch_size), ("times", times)):
+            if number < 1:
+                raise UserError(f"evaluator.{key} is at least 1, not {number}")
+        if prompts_part not in (STATIC, OUT_OF_SET):
+            raise UserError(f"evaluator.prompts_part is {STATIC} or {OUT_OF_SET}, not '{prompts_part}'")
 
     def check_model(self, name: str) -> None:
         """Raises UserError if the detector does not know this model's pictures."""
@@ -75,19 +89,32 @@ class Evaluator:
                 "give another: detector@evaluator.detector=NAME"
             )
 
-    def plan(self, concept: Concept, seed: int) -> list[Batch]:
-        """The batches to paint, a pure function of concept, seed and sampler. The same for edited and unedited.
+    def plan(self, concept: AnyConcept, seed: int) -> list[Batch]:
+        """The batches to paint, a pure function of concept, seed, sampler and file of prompts.
 
-        Raises UserError when the detector does not know a label that a metric counts.
+        The same for edited and unedited, but for those of neutral prompts (`Batch.answers`), which only the unedited
+        model paints. Only parts that some metric looks at are painted. Raises UserError when there is nothing to
+        paint or the detector does not know a label that a metric counts.
         """
-        cases = concept.cases(seed)
-        roles = {role for metric in self.metrics if metric.reader is None for role in metric.roles}
+        parts = {part for metric in self.metrics for part in metric.parts}
+        wanted = parts | ({IN_SET} if NEUTRAL in parts else set())
+        cases = concept.cases(seed, self.times)
+        if self.prompts_csv:
+            cases += cases_of(prompts_from_csv(Path(self.prompts_csv).expanduser()), concept, self.prompts_part, seed)
+        cases = [case for case in cases if case.part in wanted]
+        if not cases:
+            raise UserError(f"concept '{concept.name}' has no prompts for the metrics of this evaluator: zero pictures")
         known = list(self.detector.labels)
-        for _, label in asked(cases, tuple(roles)):
-            if label not in known:
-                hint = nearest(label, known)
-                raise UserError(f"concept '{concept.name}': detector {self.detector.identity} lacks '{label}'{hint}")
-        return batches_of(cases, self.batch_size, self.sampler)
+        for metric in self.metrics:
+            for label in (label for _, labels in asked(cases, metric) for label in labels if metric.reader is None):
+                if label not in known:
+                    raise UserError(
+                        f"concept '{concept.name}': detector {self.detector.identity} lacks '{label}'"
+                        f"{nearest(label, known)}"
+                    )
+        batches = batches_of(cases, self.batch_size, self.sampler)
+        targets = [batch for batch in batches if NEUTRAL in parts and batch.cases[0].part == IN_SET]
+        return batches + [neutral(batch, self.batch_size) for batch in targets]
 
     def references(self, batches: Sequence[Batch]) -> list[Batch]:
         """What the unedited model paints beside the plan, for metrics that compare with it; each batch once."""
@@ -98,7 +125,7 @@ class Evaluator:
     def _reference(self, metric: Metric | ReferenceMetric, batches: Sequence[Batch]) -> list[Batch]:
         if not isinstance(metric, ReferenceMetric):
             return []
-        cases = [case for batch in batches for case in batch.cases if asked([case], metric.roles)]
+        cases = [case for batch in batches for case in batch.cases if asked([case], metric)]
         return batches_of(metric.reference(cases), self.batch_size, self.sampler)
 
     def missing(self, store: PictureStore, key: str, batches: Iterable[Batch]) -> list[Batch]:
@@ -110,17 +137,18 @@ class Evaluator:
         from unpaint.sampling import paint
 
         # One call a batch, padded there: the pictures do not depend on what else is painted.
-        pictures = list(paint(model, batch.prompts, batch.seeds, self.sampler, self.batch_size))
+        pictures = list(paint(model, batch.prompts, batch.seeds, batch.sampler, self.batch_size))
         store.keep_pictures(key, batch, torch.cat(pictures))
 
     def read(self, store: PictureStore, key: str, batch: Batch, device: str | torch.device = "cpu") -> None:
         """Let every judge that is asked about the batch look at its stored pictures, unless it has already.
 
-        Pairs are left to `score`. Raises UserError if the pictures are not there.
+        Pairs, and the answers to neutral prompts, are left to `score`. Raises UserError if the pictures are not there,
+        or on an answer that is not a number.
         """
         for metric in self.metrics:
-            if asked(batch.cases, metric.roles) and not isinstance(metric.reader, PairReader):
-                self._reading(metric, store, key, key, batch, device)
+            if asked(batch.cases, metric) and not isinstance(metric.reader, PairReader):
+                self._reading(metric, store, key, key, batch, batch, device)
 
     def _reading(
         self,
@@ -129,16 +157,21 @@ class Evaluator:
         key: str,
         base: str,
         batch: Batch,
+        of: Batch,
         device: str | torch.device,
     ) -> NDArray[Any]:
-        """What the metric's judge says of the batch, (n, ...), from the store or by looking at the stored pictures."""
+        """What the metric's judge says, (n, ...), with the batch's prompts, of the pictures of the batch `of`; from the
+        store or by looking at the stored pictures."""
         pairs = isinstance(metric.reader, PairReader)
-        name = (metric.reader or self.detector).identity + (f"-{base}" if pairs else "")
-        kept = store.reading(key, name, batch)
+        name = (metric.reader or self.detector).identity
+        kind = name + (f"-{base}" if pairs else "") + ("" if of is batch else ".answers")
+        kept = store.reading(key, kind, batch)
         if kept is None:
-            sides = [self._pictures(store, side, batch).to(device) for side in ((key, base) if pairs else (key,))]
+            sides = [self._pictures(store, side, of).to(device) for side in ((key, base) if pairs else (key,))]
             kept = self._look(metric, sides, batch).float().cpu()
-            store.keep_reading(key, name, batch, kept)
+            if not torch.isfinite(kept).all():
+                raise UserError(f"{name} answers with NaN for the pictures of '{batch.prompts[0]}' and after")
+            store.keep_reading(key, kind, batch, kept)
         return kept.numpy()
 
     def _look(self, metric: Metric | ReferenceMetric, sides: Sequence[Tensor], batch: Batch) -> Tensor:
@@ -177,10 +210,10 @@ class Evaluator:
         """
         scores: dict[str, dict[str, Any]] = {}
         for metric in self.metrics:
-            own = [batch for batch in batches if asked(batch.cases, metric.roles)]
-            if not own:
-                continue
+            own = [batch for batch in batches if asked(batch.cases, metric)]
             after, before = (self._parts(metric, store, key, base, own, device) for key in (edited, base))
+            if not any(len(part) for part in after):
+                continue
             if isinstance(metric, ReferenceMetric):
                 reference = self._parts(metric, store, base, base, self._reference(metric, batches), device)
                 found = metric.finish(after, before, reference)
@@ -208,30 +241,37 @@ class Evaluator:
         device: str | torch.device,
     ) -> Sequence[NDArray[np.float64]]:
         def part(batch: Batch) -> NDArray[np.float64]:
-            return metric.part(batch.cases, self._reading(metric, store, key, base, batch, device), self.detector)
+            reading = self._reading(metric, store, key, base, batch, batch.answers or batch, device)
+            if batch.answers is not None:
+                # Neutral prompts: beside this model's answer to the concept, the unedited model's to them.
+                neutral = self._reading(metric, store, base, base, batch, batch, device)
+                reading = np.stack([reading, neutral], axis=1)
+            return metric.part(batch.cases, reading, self.detector)
 
         return _FromDisk(batches, part)
 
-    def unlearning_accuracy(self, model: TextToImage, concept: Concept, seed: int, pictures: int = 64) -> float:
+    def unlearning_accuracy(self, model: TextToImage, concept: AnyConcept, seed: int, pictures: int = 64) -> float:
         """A quick look at the model as it is now: UA over the first target prompts, with seeds that no report uses."""
         from unpaint.sampling import paint, seed_of
 
-        prompts = [case.prompt for case in concept.cases(seed) if TARGET in case.wants.values()][:pictures]
-        seeds = [seed_of("probe", seed, row) for row in range(len(prompts))]
-        shown = 0
-        for batch in paint(model, prompts, seeds, self.sampler, self.batch_size):
+        cases = [case for case in concept.cases(seed) if case.part == IN_SET][:pictures]
+        labels = [[label for label, role in case.wants.items() if role == TARGET] for case in cases]
+        seeds = [seed_of("probe", seed, row) for row in range(len(cases))]
+        found = 0
+        rows = iter(labels)
+        for batch in paint(model, [case.prompt for case in cases], seeds, self.sampler, self.batch_size):
             probabilities = self.detector(batch.to(model.device).float() / 255).cpu().numpy()
-            shown += int(shows(self.detector, probabilities, concept.label).sum())
-        return 1 - shown / len(prompts)
+            asked_for = [(row, next(rows)) for row in range(len(batch))]
+            found += int(shown(asked_for, probabilities, self.detector).sum())
+        return 1 - found / len(cases)
 
     def grid(
-        self, store: PictureStore, edited: str, base: str, batches: Sequence[Batch], concept: Concept, path: Path
+        self, store: PictureStore, edited: str, base: str, batches: Sequence[Batch], concept: AnyConcept, path: Path
     ) -> Path:
         """Write a before/after picture of what was painted; see `grid.grid`."""
-        shown = []
-        seen: set[str] = set()
+        first: dict[str, Batch] = {}
         for batch in batches:
-            if batch.cases[0].group not in seen:
-                seen.add(batch.cases[0].group)
-                shown.append((batch, self._pictures(store, base, batch), self._pictures(store, edited, batch)))
-        return grid(shown, concept, path)
+            if batch.answers is None:
+                first.setdefault(batch.cases[0].group, batch)
+        beside = [(b, self._pictures(store, base, b), self._pictures(store, edited, b)) for b in first.values()]
+        return grid(beside, concept, path)

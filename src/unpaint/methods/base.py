@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from unpaint.concepts import Concept
+from unpaint.concepts import AnyConcept, Concept
 from unpaint.edit import Edit
 from unpaint.model import TextToImage
 
@@ -37,7 +37,7 @@ class Job:
     """
 
     model: TextToImage
-    concept: Concept
+    concept: AnyConcept
     beside: tuple[Concept, ...]
     seed: int
     weights: dict[str, nn.Parameter]
@@ -64,7 +64,7 @@ class Method(Protocol):
     steps: int
     own: nn.Module | None
 
-    def check(self, concept: Concept) -> None:
+    def check(self, concept: AnyConcept) -> None:
         """Raises UserError for a concept that the method cannot handle, before anything is loaded."""
 
     def begin(self, job: Job) -> None:

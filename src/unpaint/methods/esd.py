@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import Adam, Optimizer
 
-from unpaint.concepts import Concept
+from unpaint.concepts import AnyConcept
 from unpaint.edit import Edit
 from unpaint.errors import UserError, nearest
 from unpaint.methods.base import Job
@@ -83,17 +83,25 @@ class ESD:
         self.lr = lr
         self.batch_size = batch_size
 
-    def check(self, concept: Concept) -> None:
-        if concept.kind != "individual":
-            raise UserError(f"method=esd erases individual concepts; '{concept.name}' is a {concept.kind}")
+    def check(self, concept: AnyConcept) -> None:
+        if self.erase_from and len(concept.members) > 1:
+            raise UserError(f"method.erase_from takes one concept out of one prompt; '{concept.name}' is a set of them")
 
     def begin(self, job: Job) -> None:
         self.job = job
         if self.batch_size % (job.mine.step or 1):
             raise UserError(f"method.batch_size={self.batch_size} does not divide over {job.mine.step} processes")
-        every = job.concept.prompts(further=True)
-        self.bare = every[0]
-        self.prompts = [self.erase_from] if self.erase_from else every if self.asked == "all" else [self.bare]
+        every = dict(zip(job.concept.prompts(further=True), job.concept.bare_prompts(further=True), strict=True))
+        bare = list(dict.fromkeys(every.values()))
+        # Prompt -> the bare prompt of the concept that it asks for.
+        self.bare = (
+            {self.erase_from: bare[0]}
+            if self.erase_from
+            else every
+            if self.asked == "all"
+            else dict(zip(bare, bare, strict=True))
+        )
+        self.prompts = list(self.bare)
         random.Random(job.seed).shuffle(self.prompts)
         self.bank = self._bank() if self.latents == "bank" else None
 
@@ -139,7 +147,7 @@ class ESD:
         """
         model, n = self.job.model, len(batch.t)
         text = model.encode(batch.prompts)
-        asked = torch.cat([text, model.encode([self.bare] * n), model.encode([""] * n)])
+        asked = torch.cat([text, model.encode([self.bare[prompt] for prompt in batch.prompts]), model.encode([""] * n)])
         with torch.no_grad():
             x, t = batch.latents.repeat(3, 1, 1, 1), batch.t.repeat(3)
             whole, concept, nothing = model.predict(x, t, asked, weights=self.job.base).chunk(3)

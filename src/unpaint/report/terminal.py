@@ -77,25 +77,36 @@ def _title(record: RunRecord) -> str:
     from rich.markup import escape
 
     state = {"complete": "", "failed": " (failed)", "interrupted": " (interrupted, go on with the same command)"}
-    words = record.config.get("concept", {}).get("target", record.concept)
+    words = _concept(record)["{target}"]
     return escape(f"“{words}” erased from {record.model} by {record.method}, seed {record.seed}{state[record.status]}")
 
 
 def _in_words(title: str, record: RunRecord) -> str:
     from rich.markup import escape
 
-    concept = record.config.get("concept", {})
-    for slot, words in (
-        ("{target}", concept.get("target", record.concept)),
-        ("{axis}", concept.get("axis", "concept")),
-        ("{cross}", (concept.get("evaluation") or {}).get("cross_domain") or "rest"),
-    ):
-        title = title.replace(slot, str(words))
+    for slot, words in _concept(record).items():
+        title = title.replace(slot, words)
     return escape(title)
 
 
+def _concept(record: RunRecord) -> dict[str, str]:
+    """What the slots of a title stand for; for a set, its members' words."""
+    concept = record.config.get("concept", {})
+    members = list((concept.get("members") or {"": concept}).values())
+    targets = [str(member.get("target", record.concept)) for member in members]
+    axes = {str(member.get("axis", "concept")) for member in members}
+    crossed = {str((member.get("evaluation") or {}).get("cross_domain") or "rest") for member in members}
+    return {
+        "{target}": ", ".join(targets[:-1]) + " or " * (len(targets) > 1) + targets[-1],
+        "{axis}": axes.pop() if len(axes) == 1 else "concept",
+        "{cross}": crossed.pop() if len(crossed) == 1 else "rest",
+    }
+
+
 def verdict(name: str, metric: Mapping[str, Any]) -> str:
-    """A word or two: for `erasure/` the rate itself decides (95 %, 80 %), else its ratio to the unedited model's."""
+    """A word or two: for `erasure/` the rate itself decides (95 %, 80 %), else its ratio to the unedited model's.
+
+    For the cell of both in a 2x2 table that ratio is to be small (15 %, 50 %)."""
     value, base = metric.get("value"), metric.get("base")
     if value is None:
         return "not measured"
@@ -104,6 +115,11 @@ def verdict(name: str, metric: Mapping[str, Any]) -> str:
             return "never painted"
         return (
             "[green]erased[/green]" if value >= 0.95 else "partly erased" if value >= 0.8 else "[red]not erased[/red]"
+        )
+    if name == "pairs/both" and base:
+        ratio = value / base
+        return (
+            "[green]erased[/green]" if ratio <= 0.15 else "partly erased" if ratio <= 0.5 else "[red]not erased[/red]"
         )
     if not metric.get("higher_is_better", True) or not base or base < 0:
         return "higher is better" if metric.get("higher_is_better", True) else "lower is better"

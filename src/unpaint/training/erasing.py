@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from unpaint.concepts import Concept
+from unpaint.concepts import AnyConcept, Concept
 from unpaint.edit import Edit
 from unpaint.methods.base import Job, Method
 from unpaint.model import TextToImage
@@ -30,7 +30,7 @@ class Erasing(LightningModule):
         self,
         method: Method,
         model: TextToImage,
-        concept: Concept,
+        concept: AnyConcept,
         seed: int,
         config: dict[str, Any],
         cache: Path,

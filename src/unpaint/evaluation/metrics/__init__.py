@@ -41,8 +41,9 @@ class Declared(Protocol):
     """What every metric says of itself, and what it takes from one batch.
 
     name: `group/name`, stable. title: the same in plain words; `{target}`, `{axis}` and `{cross}` stand for the
-    concept's words, its axis and the crossed axis. unit: `rate` (0 to 1), `cosine` or `distance`. cost: in words.
-    roles: it looks at the cases in which some label has one of these roles. reader: None for the detector.
+    concept's words, its axis and the crossed axis. unit: `rate` (0 to 1), `cosine`, `ratio` or `distance`. cost: in
+    words. parts, roles: it looks at the cases of these parts in which some label has one of these roles. reader: None
+    for the detector.
     """
 
     @property
@@ -56,12 +57,18 @@ class Declared(Protocol):
     @property
     def cost(self) -> str: ...
     @property
+    def parts(self) -> Sequence[str]: ...
+    @property
     def roles(self) -> Sequence[str]: ...
     @property
     def reader(self) -> Reader | PairReader | None: ...
 
     def part(self, cases: Sequence[Case], reading: NDArray[Any], detector: Detector) -> NDArray[np.float64]:
-        """What one batch contributes, from its cases and the rows (n, ...) that were read from their pictures."""
+        """What one batch contributes, from its cases and the rows (n, ...) that were read from their pictures.
+
+        For cases of the part `neutral` the rows are (n, 2, ...): what was read, with the neutral prompt, from this
+        model's picture for the prompt with the concept, and from the unedited model's for the neutral one.
+        """
         ...
 
 
@@ -72,13 +79,15 @@ class Metric(Declared, Protocol):
     """
 
     def finish(self, edited: Parts, base: Parts) -> Mapping[str, Any]:
-        """value, low, high, n, base and what else the record shall hold, from the parts in the same order."""
+        """value, low, high, n, base and what else the record shall hold, from the parts in the same order.
+
+        Not called if the parts are all empty."""
         ...
 
 
 @runtime_checkable
 class ReferenceMetric(Declared, Protocol):
-    """A measure against further pictures, which only the unedited model paints (other seeds, other prompts)."""
+    """A measure against further pictures, which only the unedited model paints (from other seeds)."""
 
     def reference(self, cases: Sequence[Case]) -> list[Case]:
         """What is painted for it, a pure function of the cases of the plan that it looks at, in the plan's order."""
@@ -89,6 +98,11 @@ class ReferenceMetric(Declared, Protocol):
         ...
 
 
-def asked(cases: Sequence[Case], roles: Sequence[str]) -> list[tuple[int, str]]:
-    """(row, label) of every label that some case wants in one of the roles."""
-    return [(row, label) for row, case in enumerate(cases) for label, role in case.wants.items() if role in roles]
+def asked(cases: Sequence[Case], metric: Declared) -> list[tuple[int, list[str]]]:
+    """(row, labels) of every case that the metric looks at: its labels that have one of the metric's roles."""
+    rows = [
+        (row, [label for label, role in case.wants.items() if role in metric.roles])
+        for row, case in enumerate(cases)
+        if case.part in metric.parts
+    ]
+    return [(row, labels) for row, labels in rows if labels]

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unpaint.concepts import IN_DOMAIN, NEIGHBOUR, Case
+from unpaint.concepts import IN_DOMAIN, NEIGHBOUR, RETAIN, Case
 from unpaint.evaluation.detectors import Detector
 from unpaint.evaluation.metrics import asked
 from unpaint.evaluation.pretrained import Clip, Source
@@ -45,6 +45,7 @@ class ClipScore:
     name = "fidelity/clip_score"
     unit = "cosine"
     higher_is_better = True
+    parts = (RETAIN,)
     roles = (IN_DOMAIN, NEIGHBOUR)
 
     def __init__(self, title: str, cost: str, path: str | None = None) -> None:
@@ -54,8 +55,7 @@ class ClipScore:
 
     def part(self, cases: Sequence[Case], reading: NDArray[Any], detector: Detector) -> NDArray[np.float64]:
         """The cosines of the pictures that count, of cosines (n,)."""
-        rows = sorted({row for row, _ in asked(cases, self.roles)})
-        return reading[rows].astype(np.float64)
+        return reading[[row for row, _ in asked(cases, self)]].astype(np.float64)
 
     def finish(
         self, edited: Sequence[NDArray[np.float64]], base: Sequence[NDArray[np.float64]]

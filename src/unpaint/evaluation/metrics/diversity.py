@@ -7,7 +7,7 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from unpaint.concepts import Case
+from unpaint.concepts import RETAIN, Case
 from unpaint.errors import UserError
 from unpaint.evaluation.detectors import Detector
 from unpaint.evaluation.metrics import Parts, Reader
@@ -25,6 +25,7 @@ class Diversity:
     name = "fidelity/diversity"
     unit = "distance"
     higher_is_better = True
+    parts = (RETAIN,)
     roles = KEPT
 
     def __init__(self, title: str, cost: str, features: Reader) -> None:

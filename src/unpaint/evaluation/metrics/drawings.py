@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from unpaint.concepts import Case
+from unpaint.concepts import RETAIN, Case
 from unpaint.errors import UserError, nearest
 from unpaint.evaluation.detectors import Detector
 from unpaint.evaluation.metrics import Parts, Reader
@@ -33,6 +33,7 @@ class Drawings:
 
     unit = "distance"
     higher_is_better = False
+    parts = (RETAIN,)
     roles = KEPT
 
     def __init__(self, title: str, cost: str, features: Reader, distance: str = "kid") -> None:

@@ -64,7 +64,7 @@ class ClipFeatures:
 
 def rows_of(cases: Sequence[Case], reading: NDArray[Any], metric: Declared) -> tuple[list[int], NDArray[np.float64]]:
     """Which cases the metric looks at, and their features. Raises UserError on NaN and infinity."""
-    rows = sorted({row for row, _ in asked(cases, metric.roles)})
+    rows = [row for row, _ in asked(cases, metric)]
     features = reading[rows].astype(np.float64)
     bad = ~np.isfinite(features).all(axis=1)
     if bad.any():

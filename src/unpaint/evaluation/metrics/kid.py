@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unpaint.concepts import Case
+from unpaint.concepts import RETAIN, Case
 from unpaint.evaluation.detectors import Detector
 from unpaint.evaluation.metrics import Parts, Reader
 from unpaint.evaluation.metrics.distances import check_enough, kid, summary
@@ -24,6 +24,7 @@ class Kid:
     name = "fidelity/kid"
     unit = "distance"
     higher_is_better = False
+    parts = (RETAIN,)
     roles = KEPT
 
     def __init__(self, title: str, cost: str, features: Reader) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unpaint.concepts import Case
+from unpaint.concepts import RETAIN, Case
 from unpaint.evaluation.detectors import Detector
 from unpaint.evaluation.metrics import PairReader, Parts
 from unpaint.evaluation.metrics.features import KEPT, rows_of
@@ -30,6 +30,7 @@ class Pairs:
 
     unit = "distance"
     higher_is_better = False
+    parts = (RETAIN,)
     roles = KEPT
 
     def __init__(self, name: str, title: str, cost: str, reader: PairReader) -> None:

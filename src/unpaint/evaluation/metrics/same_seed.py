@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unpaint.concepts import Case
+from unpaint.concepts import RETAIN, Case
 from unpaint.evaluation.detectors import Detector
 from unpaint.evaluation.metrics import Parts, Reader
 from unpaint.evaluation.metrics.features import KEPT, checked, rows_of
@@ -32,6 +32,7 @@ class SameSeed:
     name = "fidelity/same_seed"
     unit = "distance"
     higher_is_better = False
+    parts = (RETAIN,)
     roles = KEPT
 
     def __init__(self, title: str, cost: str, features: Reader) -> None:
