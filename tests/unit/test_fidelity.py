@@ -310,7 +310,7 @@ def test_the_evaluator_paints_references_once_and_looks_at_pairs(tiny_detector_f
         name="cat",
         kind="individual",
         axis="object",
-        label="object/cat",
+        labels=("object/cat",),
         target="a cat",
         anchor="a thing",
         templates=("{concept}",),
