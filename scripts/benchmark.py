@@ -2,20 +2,34 @@
 
 python scripts/benchmark.py painting    sampling.paint against diffusers' own pipeline, one by one and as a list
 python scripts/benchmark.py latents     ESD with latents drawn afresh each step against a bank of trajectories
+python scripts/benchmark.py memory      peak memory of scoring 10,000 pictures against that of scoring 100
 """
 
 import argparse
 import json
+import re
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from unpaint.concepts import Case
 from unpaint.config import compose
+from unpaint.evaluation.metrics.clip_score import ClipScore
+from unpaint.evaluation.metrics.diversity import Diversity
+from unpaint.evaluation.metrics.fid import Fid
+from unpaint.evaluation.metrics.kid import Kid
+from unpaint.evaluation.metrics.rates import Rate
+from unpaint.evaluation.metrics.same_seed import SameSeed
+from unpaint.evaluation.pictures import PictureStore, batches_of
+from unpaint.evaluation.suite import Evaluator
 from unpaint.model import load_model
 from unpaint.picturebook.world import STYLES
 from unpaint.run import run
@@ -91,13 +105,93 @@ def latents(concept: str = "cat") -> dict[str, object]:
     return out
 
 
+class Cheap:
+    """A detector and a reader in one, that costs next to nothing: 160 numbers from an 8 x 8 thumbnail."""
+
+    labels: Sequence[str] = ("object/cat", "object/dog")
+    thresholds: Mapping[str, float] = {"object/cat": 0.5, "object/dog": 0.5}
+    only_for = None
+
+    def __init__(self, width: int) -> None:
+        self.identity = f"cheap-{width}"
+        self.mix = torch.randn(192, width, generator=torch.Generator().manual_seed(0))
+
+    def read(self, pictures: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        small = torch.nn.functional.avg_pool2d(pictures.float() / 255, pictures.shape[-1] // 8)
+        return (small.flatten(1) - 0.5) @ self.mix
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return self.read(images * 255, []).sigmoid()
+
+
+def score_made_up(n: int, kid: bool) -> dict[str, float]:
+    """Score n pictures of random numbers, and as many unedited ones and references; seconds and peak MiB of this
+    process before and after."""
+    features, detector = Cheap(160), Cheap(2)
+    clip = ClipScore("", "")
+    metrics: dict[str, Any] = {
+        "ua": Rate("erasure/ua", "", "", ("target",), ("target",), counts="absent"),
+        "ira": Rate("retention/ira", "", "", ("retain",), ("in_domain",)),
+        "clip": clip,
+        "fid": Fid("", "", features),
+        "seed": SameSeed("", "", features),
+        "diversity": Diversity("", "", features),
+    }
+    if kid:
+        metrics["kid"] = Kid("", "", features)
+    evaluator = Evaluator(metrics, detector, Sampler())
+    wants = ({"object/cat": "target"}, {"object/dog": "in_domain"})
+    batches = batches_of(
+        [Case(f"{i}", i, wants[i % 4 > 0], f"{i % 4}", ("target", "retain")[i % 4 > 0]) for i in range(n)],
+        16,
+        evaluator.sampler,
+    )
+    generator = torch.Generator().manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        store = PictureStore(Path(folder))
+        for batch in (*batches, *evaluator.references(batches)):
+            for key in ("base", "edited"):
+                shape = (len(batch.cases), 3, 64, 64)
+                store.keep_pictures(key, batch, torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator))
+                store.keep_reading(key, clip.reader.identity, batch, torch.rand(shape[:1], generator=generator))
+        before, started = _peak_mib(), time.perf_counter()
+        found = evaluator.score(store, "edited", "base", batches)
+        seconds = time.perf_counter() - started
+    assert found["retention/ira"]["n"] > n // 2
+    return {"seconds": round(seconds, 1), "peak MiB before": before, "peak MiB": _peak_mib()}
+
+
+def _peak_mib() -> float:
+    """Of this process alone: what getrusage says is inherited from the parent (Linux)."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return round(int(found.group(1)) / 1024, 1)
+
+
+def memory() -> dict[str, object]:
+    """Each in a process of its own. KID's kernels are of at most 1,000 pictures at a time."""
+    out: dict[str, object] = {}
+    for kid in (False, True):
+        peaks = {}
+        for n in (100, 10_000):
+            code = f"import sys, json; sys.path.insert(0, {str(Path(__file__).parent)!r}); import benchmark; "
+            code += f"print(json.dumps(benchmark.score_made_up({n}, {kid})))"
+            done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+            figures = json.loads(done.stdout.splitlines()[-1])
+            out[f"{n} pictures{', with KID' if kid else ''}"] = figures
+            peaks[n] = figures["peak MiB"]
+        out[f"10000 / 100{', with KID' if kid else ''}"] = round(peaks[10_000] / peaks[100], 3)
+    return out
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("painting", "latents"))
+    parser.add_argument("what", choices=("painting", "latents", "memory"))
     parser.add_argument("--concept", default="cat")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON, too")
     args = parser.parse_args()
-    figures = painting() if args.what == "painting" else latents(args.concept)
+    ways = {"painting": painting, "latents": lambda: latents(args.concept), "memory": memory}
+    figures = ways[args.what]()
     print(json.dumps(figures, indent=2))
     if args.out:
         args.out.write_text(json.dumps(figures, indent=2) + "\n")

@@ -243,7 +243,7 @@ def _from_hub(hub: str, dtype: torch.dtype) -> Any:
         return fetch(local=True)
     except _LOAD_ERRORS as error:
         reason = _first_line(error)
-    if _reachable(constants.ENDPOINT, constants.HF_HUB_OFFLINE):
+    if reachable(constants.ENDPOINT, constants.HF_HUB_OFFLINE):
         try:
             return fetch(local=False)
         except _LOAD_ERRORS as error:
@@ -271,7 +271,7 @@ def _pretrained(source: str | Path, dtype: torch.dtype, local_files_only: bool) 
     )
 
 
-def _reachable(endpoint: str, offline: bool) -> bool:
+def reachable(endpoint: str, offline: bool) -> bool:
     """Whether a connection opens at all: without it huggingface_hub retries for half a minute."""
     if offline:
         return False

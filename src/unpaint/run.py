@@ -379,7 +379,8 @@ def _evaluated(this: Run, model: Any, edit_file: Path, record: RunRecord) -> Non
     store = PictureStore(this.cache)
     batches: list[Batch] = evaluator.plan(this.concept, int(cfg.seed))
     base = picture_key(model)
-    paint_all(trainer, evaluator, model, store, base, batches, "painting, unedited")
+    unedited = [*batches, *evaluator.references(batches)]
+    paint_all(trainer, evaluator, model, store, base, unedited, "painting, unedited")
     started = time.perf_counter()
     edit = Edit.load(edit_file)
     edited = picture_key(model, edit.id)

@@ -137,8 +137,9 @@ def test_clip_score_against_transformers_by_hand(tiny_clip_folder: Path) -> None
 
 
 def test_a_clip_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not a CLIP folder"):
-        _ = ClipCosine(tmp_path).identity
+    with pytest.raises(UserError, match="not a transformers model"):
+        ClipCosine(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="does not load"):
         ClipCosine(tmp_path).read(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), ["a cat"])
 

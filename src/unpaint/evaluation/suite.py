@@ -6,7 +6,7 @@ on disk into numbers, one batch in memory at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from unpaint.concepts import IN_SET, NEUTRAL, OUT_OF_SET, STATIC, TARGET, AnyCon
 from unpaint.errors import UserError, nearest
 from unpaint.evaluation.detectors import Detector
 from unpaint.evaluation.grid import grid
-from unpaint.evaluation.metrics import Metric, asked
+from unpaint.evaluation.metrics import Metric, PairReader, ReferenceMetric, asked
 from unpaint.evaluation.metrics.rates import shown
 from unpaint.evaluation.pictures import Batch, PictureStore, batches_of, neutral
 from unpaint.evaluation.prompt_lists import cases_of, prompts_from_csv
@@ -27,6 +27,20 @@ from unpaint.evaluation.prompt_lists import cases_of, prompts_from_csv
 if TYPE_CHECKING:
     from unpaint.model import TextToImage
     from unpaint.sampling import Sampler
+
+
+class _FromDisk(Sequence[NDArray[np.float64]]):
+    """One part a batch, made each time it is asked for."""
+
+    def __init__(self, batches: Sequence[Batch], part: Callable[[Batch], NDArray[np.float64]]) -> None:
+        self.batches = batches
+        self.part = part
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, i: Any) -> Any:
+        return [self.part(batch) for batch in self.batches[i]] if isinstance(i, slice) else self.part(self.batches[i])
 
 
 class Evaluator:
@@ -40,7 +54,7 @@ class Evaluator:
 
     def __init__(
         self,
-        metrics: Mapping[str, Metric],
+        metrics: Mapping[str, Metric | ReferenceMetric],
         detector: Detector,
         sampler: Sampler,
         batch_size: int = 16,
@@ -102,6 +116,18 @@ class Evaluator:
         targets = [batch for batch in batches if NEUTRAL in parts and batch.cases[0].part == IN_SET]
         return batches + [neutral(batch, self.batch_size) for batch in targets]
 
+    def references(self, batches: Sequence[Batch]) -> list[Batch]:
+        """What the unedited model paints beside the plan, for metrics that compare with it; each batch once."""
+        found = {batch.name: batch for metric in self.metrics for batch in self._reference(metric, batches)}
+        planned = {batch.name for batch in batches}
+        return [batch for name, batch in found.items() if name not in planned]
+
+    def _reference(self, metric: Metric | ReferenceMetric, batches: Sequence[Batch]) -> list[Batch]:
+        if not isinstance(metric, ReferenceMetric):
+            return []
+        cases = [case for batch in batches for case in batch.cases if asked([case], metric)]
+        return batches_of(metric.reference(cases), self.batch_size, self.sampler)
+
     def missing(self, store: PictureStore, key: str, batches: Iterable[Batch]) -> list[Batch]:
         """Those whose pictures are not in the store, or not intact."""
         return [batch for batch in batches if store.pictures(key, batch) is None]
@@ -114,55 +140,50 @@ class Evaluator:
         pictures = list(paint(model, batch.prompts, batch.seeds, batch.sampler, self.batch_size))
         store.keep_pictures(key, batch, torch.cat(pictures))
 
-    def read(
-        self, store: PictureStore, key: str, batch: Batch, device: str | torch.device = "cpu", of: Batch | None = None
-    ) -> list[NDArray[Any] | None]:
-        """What each metric's reader says of the batch, from the store or by looking at the stored pictures.
+    def read(self, store: PictureStore, key: str, batch: Batch, device: str | torch.device = "cpu") -> None:
+        """Let every judge that is asked about the batch look at its stored pictures, unless it has already.
 
-        One array (n, ...) a metric, in order; None for a metric that no case of the batch concerns. With `of`, the
-        pictures are those of that batch, and only the prompts are the batch's own. Raises UserError if the pictures
-        are not there, or on an answer that is not a number.
+        Pairs, and the answers to neutral prompts, are left to `score`. Raises UserError if the pictures are not there,
+        or on an answer that is not a number.
         """
-        pictures: Tensor | None = None
-        found: dict[str, Tensor] = {}
-        readings: list[NDArray[Any] | None] = []
         for metric in self.metrics:
-            if not asked(batch.cases, metric):
-                readings.append(None)
-                continue
-            name = (metric.reader or self.detector).identity + (".answers" if of else "")
-            if name not in found:
-                kept = store.reading(key, name, batch)
-                if kept is None:
-                    pictures = self._pictures(store, key, of or batch).to(device) if pictures is None else pictures
-                    kept = self._look(metric, pictures, batch).float().cpu()
-                    if not torch.isfinite(kept).all():
-                        raise UserError(f"{name} answers with NaN for the pictures of '{batch.prompts[0]}' and after")
-                    store.keep_reading(key, name, batch, kept)
-                found[name] = kept
-            readings.append(found[name].numpy())
-        return readings
+            if asked(batch.cases, metric) and not isinstance(metric.reader, PairReader):
+                self._reading(metric, store, key, key, batch, batch, device)
 
-    def _look(self, metric: Metric, pictures: Tensor, batch: Batch) -> Tensor:
+    def _reading(
+        self,
+        metric: Metric | ReferenceMetric,
+        store: PictureStore,
+        key: str,
+        base: str,
+        batch: Batch,
+        of: Batch,
+        device: str | torch.device,
+    ) -> NDArray[Any]:
+        """What the metric's judge says, (n, ...), with the batch's prompts, of the pictures of the batch `of`; from the
+        store or by looking at the stored pictures."""
+        pairs = isinstance(metric.reader, PairReader)
+        name = (metric.reader or self.detector).identity
+        kind = name + (f"-{base}" if pairs else "") + ("" if of is batch else ".answers")
+        kept = store.reading(key, kind, batch)
+        if kept is None:
+            sides = [self._pictures(store, side, of).to(device) for side in ((key, base) if pairs else (key,))]
+            kept = self._look(metric, sides, batch).float().cpu()
+            if not torch.isfinite(kept).all():
+                raise UserError(f"{name} answers with NaN for the pictures of '{batch.prompts[0]}' and after")
+            store.keep_reading(key, kind, batch, kept)
+        return kept.numpy()
+
+    def _look(self, metric: Metric | ReferenceMetric, sides: Sequence[Tensor], batch: Batch) -> Tensor:
         # The batch is filled up: as with painting, the last bits may depend on how many rows run together.
-        count = len(pictures)
+        count = len(batch.cases)
         rows = [min(row, count - 1) for row in range(self.batch_size)]
+        pictures, *unedited = (side[rows] for side in sides)
         if metric.reader is None:
-            return self.detector(pictures[rows].float() / 255)[:count]
-        return metric.reader.read(pictures[rows], [batch.prompts[row] for row in rows])[:count]
-
-    def _beside_base(
-        self, store: PictureStore, key: str, base: str, batch: Batch, device: str | torch.device
-    ) -> list[NDArray[Any] | None]:
-        """As `read`, and for neutral prompts (n, 2, ...): of this model's answers to the prompts with the concept, and
-        of the unedited model's pictures."""
-        if batch.answers is None:
-            return self.read(store, key, batch, device)
-        own, reference = self.read(store, key, batch, device, batch.answers), self.read(store, base, batch, device)
-        return [
-            None if one is None or other is None else np.stack([one, other], axis=1)
-            for one, other in zip(own, reference, strict=True)
-        ]
+            return self.detector(pictures.float() / 255)[:count]
+        if isinstance(metric.reader, PairReader):
+            return metric.reader.compare(pictures, *unedited)[:count]
+        return metric.reader.read(pictures, [batch.prompts[row] for row in rows])[:count]
 
     def _pictures(self, store: PictureStore, key: str, batch: Batch) -> Tensor:
         pictures = store.pictures(key, batch)
@@ -184,27 +205,50 @@ class Evaluator:
         """Metric name -> what the record holds of it, from the stored pictures of both models.
 
         Keys: value, low, high, n, base, base_low, base_high, delta, delta_low, delta_high (edited - base, paired by
-        prompt and seed), higher_is_better, unit, title, detector. A metric that nothing in the batches concerns (a
-        concept without neighbours) is left out.
+        prompt and seed), higher_is_better, unit, title, detector and its false_positive_rate where known. A metric that
+        nothing in the batches concerns (a concept without neighbours) is left out.
         """
-        parts: dict[str, list[list[NDArray[np.float64]]]] = {metric.name: [[], []] for metric in self.metrics}
-        for batch in batches:
-            for side, key in enumerate((edited, base)):
-                readings = self._beside_base(store, key, base, batch, device)
-                for metric, reading in zip(self.metrics, readings, strict=True):
-                    if reading is not None:
-                        parts[metric.name][side].append(metric.part(batch.cases, reading, self.detector))
-        return {
-            metric.name: {
-                **metric.finish(*parts[metric.name]),
+        scores: dict[str, dict[str, Any]] = {}
+        for metric in self.metrics:
+            own = [batch for batch in batches if asked(batch.cases, metric)]
+            after, before = (self._parts(metric, store, key, base, own, device) for key in (edited, base))
+            if not any(len(part) for part in after):
+                continue
+            if isinstance(metric, ReferenceMetric):
+                reference = self._parts(metric, store, base, base, self._reference(metric, batches), device)
+                found = metric.finish(after, before, reference)
+            else:
+                found = metric.finish(after, before)
+            scores[metric.name] = {
+                **found,
                 "higher_is_better": metric.higher_is_better,
                 "unit": metric.unit,
                 "title": metric.title,
                 "detector": (metric.reader or self.detector).identity,
             }
-            for metric in self.metrics
-            if any(len(part) for part in parts[metric.name][0])
-        }
+            false_positives = getattr(self.detector, "false_positive_rate", None)
+            if metric.reader is None and false_positives is not None:
+                scores[metric.name]["false_positive_rate"] = false_positives
+        return scores
+
+    def _parts(
+        self,
+        metric: Metric | ReferenceMetric,
+        store: PictureStore,
+        key: str,
+        base: str,
+        batches: Sequence[Batch],
+        device: str | torch.device,
+    ) -> Sequence[NDArray[np.float64]]:
+        def part(batch: Batch) -> NDArray[np.float64]:
+            reading = self._reading(metric, store, key, base, batch, batch.answers or batch, device)
+            if batch.answers is not None:
+                # Neutral prompts: beside this model's answer to the concept, the unedited model's to them.
+                neutral = self._reading(metric, store, base, base, batch, batch, device)
+                reading = np.stack([reading, neutral], axis=1)
+            return metric.part(batch.cases, reading, self.detector)
+
+        return _FromDisk(batches, part)
 
     def unlearning_accuracy(self, model: TextToImage, concept: AnyConcept, seed: int, pictures: int = 64) -> float:
         """A quick look at the model as it is now: UA over the first target prompts, with seeds that no report uses."""

@@ -16,7 +16,8 @@ class Detector(Protocol):
     labels: `axis/word`, in the order of the probabilities. thresholds: the labels that are decided by themselves, with
     the probability from which they count as shown; the others compete within their axis. identity: changes when the
     answers may change, names the detector in records and caches. only_for: the one model whose pictures it knows, None
-    for any. Reading these loads no network.
+    for any. Reading these loads no network. One that knows how often it sees what is not there says so in a further
+    attribute, false_positive_rate.
     """
 
     @property

@@ -27,6 +27,8 @@ class PicturebookDetector:
     def __init__(self, path: str | None = None) -> None:
         self.folder = Path(path) if path else BUILT_IN
         self.only_for = None if path else "picturebook"
+        # At most: the objects' thresholds are set on drawings (picturebook/thresholds.py).
+        self.false_positive_rate = None if path else 0.01
         self._model: Any = None
 
     @cached_property
