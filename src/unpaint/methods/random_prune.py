@@ -1,4 +1,4 @@
-"""Random pruning: zeroes weights at random, as many as ConceptPrune would. What pruning alone does, wherever it hits."""
+"""Random pruning: zeroes as many weights as ConceptPrune would, at random: what pruning does without aiming."""
 
 import zlib
 from collections.abc import Iterator

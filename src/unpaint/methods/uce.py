@@ -30,10 +30,12 @@ class States:
 
 class UCE:
     """`erase_scale`, `preserve_scale`, `lamb`: weights of the three terms of eq. 7; a `preserve_scale` of 0 preserves
-    nothing but what `lamb` does. `prompts`: `concept` edits the bare prompt of the concept, `all` every erasing prompt.
-    `guide`: where they are mapped to, the same prompt with the anchor's words or the `empty` prompt. `tokens`: in each
-    prompt the `last_subject` token alone, as in the authors' newer code, or the `span` from there to the last padding
-    token, as in the older one; with it, all tokens of a preserved prompt are preserved."""
+    nothing but what `lamb` does. `prompts`: `concept` edits the concept's bare prompt and preserves the bare ones of
+    what must stay, `all` edits every erasing prompt and preserves every one for what must stay. `guide`: where they are
+    mapped to, the same prompt with the anchor's words or the `empty` prompt. `tokens`: in each prompt the
+    `last_subject` token alone, as in the authors' newer code, or the `span` from there to the last padding token, as in
+    the older one; with it, all tokens of a preserved prompt are preserved.
+    """
 
     group = "cross_attention.kv"
     steps = 1
@@ -72,22 +74,29 @@ class UCE:
     def _states(self) -> States:
         concept = self.job.concept
         pairs = list(zip(concept.prompts(further=True), concept.anchor_prompts(further=True), strict=True))
-        bare = pairs[0][0]
+        retained = concept.retain_prompts() if self.preserve_scale else []
+        if self.asked == "concept":
+            pairs, retained = pairs[:1], retained[: len(concept.retained)]
+        ids = [self._ids(prompt) for prompt, _ in pairs]
         erased, guides = [], []
-        for prompt, anchor in pairs if self.asked == "all" else pairs[:1]:
-            first, of_anchor = subject_ends(self._ids(prompt), self._ids(anchor))
+        for own, (prompt, anchor) in zip(ids, pairs, strict=True):
+            first, of_anchor = subject_ends(own, self._ids(anchor))
             # The empty prompt has no subject: its beginning of text stands for it, as in the authors' code.
             guide, of_guide = (anchor, of_anchor) if self.guide == "anchor" else ("", 0)
-            length = 1 if self.tokens == "last_subject" else self._encoded(prompt).shape[0] - max(first, of_guide)
-            erased.append(self._encoded(prompt)[first : first + length])
-            guides.append(self._encoded(guide)[of_guide : of_guide + length])
+            states, goal = self._encoded(prompt), self._encoded(guide)
+            length = 1 if self.tokens == "last_subject" else len(states) - max(first, of_guide)
+            erased.append(states[first : first + length])
+            guides.append(goal[of_guide : of_guide + length])
         preserved = [erased[0][:0]]
-        if self.preserve_scale:
-            for prompt in concept.retain_prompts()[: len(concept.retained)]:
-                end, _ = subject_ends(self._ids(prompt), self._ids(bare))
-                rows = slice(end, end + 1) if self.tokens == "last_subject" else slice(None)
-                preserved.append(self._encoded(prompt)[rows])
+        for prompt in retained:
+            states = self._encoded(prompt)
+            preserved.append(states[[self._subject_end(prompt, ids)]] if self.tokens == "last_subject" else states)
         return States(torch.cat(erased), torch.cat(guides), torch.cat(preserved))
+
+    def _subject_end(self, prompt: str, others: list[list[int]]) -> int:
+        """The last subject token of what must stay: where its prompt differs from the erasing prompt most like it."""
+        ids = self._ids(prompt)
+        return subject_ends(ids, max(others, key=lambda other: sum(_shared(ids, other))))[0]
 
     def _encoded(self, prompt: str) -> Tensor:
         return self.job.model.encode([prompt])[0].double().cpu()
@@ -136,8 +145,13 @@ def subject_ends(prompt: Sequence[int], other: Sequence[int]) -> tuple[int, int]
     Where one only lacks words that the other has, it is the token before them. Both hold the tokens that begin and end
     a text, and no padding.
     """
+    _, suffix = _shared(prompt, other)
+    return len(prompt) - suffix - 1, len(other) - suffix - 1
+
+
+def _shared(prompt: Sequence[int], other: Sequence[int]) -> tuple[int, int]:
+    """How many tokens at their beginning, and at their end, two prompts share; no token counts twice."""
     shorter = min(len(prompt), len(other))
     prefix = next((i for i in range(shorter) if prompt[i] != other[i]), shorter)
     most = shorter - prefix
-    suffix = next((i for i in range(most) if prompt[-1 - i] != other[-1 - i]), most)
-    return len(prompt) - suffix - 1, len(other) - suffix - 1
+    return prefix, next((i for i in range(most) if prompt[-1 - i] != other[-1 - i]), most)
