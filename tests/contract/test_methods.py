@@ -1,5 +1,6 @@
 """What holds for every method: walks conf/method/*, so a new method is tested by being there."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,11 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
-from unpaint.config import compose, conf_dir
+from unpaint.config import compose, conf_dir, instantiate
 from unpaint.edit import Edit
 from unpaint.model import load_model
 from unpaint.run import erase
+from unpaint.training.erasing import SaveState
 
 METHODS = sorted(file.stem for file in (conf_dir() / "method").glob("*.yaml"))
 
@@ -65,10 +67,10 @@ def test_only_the_declared_weights_move_and_the_edit_comes_off_without_a_trace(
     edit = Edit.load(erase(cfg))
     model = load_model(cfg.model)
     before = {key: value.clone() for key, value in model.pipe.unet.state_dict().items()}
-    from unpaint.config import instantiate
-
-    declared = set(model.group(instantiate(cfg.method).group))
-    assert edit.changed_parameters > 0
+    instance = instantiate(cfg.method)
+    declared = set(model.group(instance.group))
+    # A method that takes no step is a floor for the others, and changes nothing.
+    assert (edit.changed_parameters > 0) == (instance.steps > 0)
     assert set(edit.delta) | set(edit.zero) <= declared
     edit.apply(model.pipe)
     moved = {f"unet.{key}" for key, value in model.pipe.unet.state_dict().items() if not value.equal(before[key])}
@@ -93,3 +95,22 @@ def test_v_prediction_models_are_erased_too(variant: str, tiny_v_pipeline_folder
     options = ["model=sd21", f"model.path={tiny_v_pipeline_folder}", "trainer=cpu", "logger=none", "probes=0"]
     options += ["method.steps=2", "method.sampling_steps=4", f"method.variant={variant}"]
     assert made_by("esd", options, tmp_path).changed_parameters > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_stopped_after_its_first_step_and_resumed_it_makes_the_same_file(
+    method: str, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = erase(config(method, options, tmp_path / "whole")).read_bytes()
+    cfg = config(method, options, tmp_path / "stopped", "checkpoint_seconds=0")
+    save = SaveState.on_train_batch_end
+
+    def save_and_stop(self: SaveState, *arguments: Any) -> None:
+        save(self, *arguments)
+        raise InterruptedError
+
+    with monkeypatch.context() as context:
+        context.setattr(SaveState, "on_train_batch_end", save_and_stop)
+        with pytest.raises(InterruptedError) if instantiate(cfg.method).steps else nullcontext():
+            erase(cfg)
+    assert erase(cfg).read_bytes() == whole

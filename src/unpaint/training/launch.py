@@ -101,5 +101,6 @@ def _quiet() -> None:
         ".*LeafSpec.*",
         ".*GPU available but.*",
         ".*predict returned None.*",
+        ".*across ranks is zero.*",
     ):
         warnings.filterwarnings("ignore", message=text)

@@ -1,0 +1,66 @@
+"""Random pruning: zeroes as many weights as ConceptPrune would, at random: what pruning does without aiming."""
+
+import zlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from unpaint.concepts import Concept
+from unpaint.edit import Edit
+from unpaint.errors import UserError
+from unpaint.methods.base import Job
+from unpaint.sampling import seed_of
+
+
+class RandomPrune:
+    """`share` of each weight of the second feed-forward layers becomes zero; which ones, the seed alone decides."""
+
+    group = "feed_forward.out"
+    steps = 1
+    own = None
+
+    def __init__(self, name: str, share: float) -> None:
+        if not 0 < share <= 1:
+            raise UserError(f"method.share is above 0 and at most 1, not {share:g}")
+        self.name = name
+        self.share = share
+
+    def check(self, concept: Concept) -> None:
+        """The concept plays no part."""
+
+    def begin(self, job: Job) -> None:
+        self.job = job
+
+    def optimizers(self) -> list[Optimizer]:
+        return []
+
+    def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
+        for _ in range(start, self.steps):
+            yield self._masks()
+
+    def _masks(self) -> dict[str, Tensor]:
+        return {key: random_mask(weight.shape, self.share, self.job.seed, key) for key, weight in self.job.base.items()}
+
+    def step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        with torch.no_grad():
+            for key, parameter in self.job.weights.items():
+                parameter.masked_fill_(batch[key].to(parameter.device), 0)
+        return {}
+
+    def finish(self) -> Edit:
+        job = self.job
+        with torch.no_grad():  # an edit of zeros is made of the unedited model
+            for key, parameter in job.weights.items():
+                parameter.copy_(job.base[key])
+        pipe, concept = job.model.pipe, job.concept.name
+        return Edit.from_zeros(pipe, self._masks(), method=self.name, concept=concept, config=job.config)
+
+
+def random_mask(shape: torch.Size, share: float, seed: int, key: str) -> Tensor:
+    """A bool mask of `shape` with `share` of its entries True (rounded, at least one), a function of seed and key."""
+    generator = torch.Generator().manual_seed(seed_of("tune", seed, zlib.crc32(key.encode())))
+    mask = torch.zeros(shape.numel(), dtype=torch.bool)
+    mask[torch.randperm(len(mask), generator=generator)[: max(1, round(share * len(mask)))]] = True
+    return mask.view(shape)
