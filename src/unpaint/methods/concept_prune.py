@@ -1,0 +1,213 @@
+"""ConceptPrune (Chavhan et al. 2024, arXiv 2405.19237): sets to zero the weights that a concept uses.
+
+No gradients: the model paints the concept's prompts and the same prompts without the concept, and the weights whose
+inputs are large, and larger with the concept than without it, are pruned.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from unpaint.concepts import Concept
+from unpaint.edit import Edit
+from unpaint.errors import UserError, nearest
+from unpaint.methods.base import Job
+from unpaint.sampling import Sampler, denoise_to, seed_of
+
+CHOICES = {"base": ("anchor", "context"), "halves": ("both", "conditional"), "fill": ("zero", "mean", "resample")}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The pairs of one step that this rank paints: target prompts, base prompts, and the seed that both share."""
+
+    step: int
+    targets: list[str]
+    bases: list[str]
+    seeds: list[int]
+
+
+class Sums(nn.Module):
+    """Squared activations summed over all tokens and pairs: (2, tau, inputs of all layers), target first."""
+
+    sums: Tensor
+
+    def __init__(self, tau: int, inputs: int) -> None:
+        super().__init__()
+        self.register_buffer("sums", torch.zeros(2, tau, inputs))
+
+
+class ConceptPrune:
+    """`ratio` of each row's inputs may be pruned in each of the first `tau` of `sampling_steps` denoising calls; a
+    weight is pruned if that happens in more than `select_ratio` of them (0: in any).
+
+    `base`: what a target prompt is compared with: the same prompt with the concept's `anchor`, or with the words
+    `context` in the concept's place. `halves`: sum over `both` halves of a guided batch as the authors' code does, or
+    over the `conditional` one. `fill`: what pruned weights become: `zero`, the `mean` of the layer's other weights, or
+    values drawn from them (`resample`). `steps` x `batch_size` pairs are painted.
+    """
+
+    group = "feed_forward.out"
+
+    def __init__(
+        self,
+        name: str,
+        ratio: float,
+        tau: int,
+        select_ratio: float,
+        base: str,
+        context: str,
+        halves: str,
+        fill: str,
+        sampling_steps: int,
+        sampling_guidance: float,
+        steps: int,
+        batch_size: int,
+    ) -> None:
+        for option, value in (("base", base), ("halves", halves), ("fill", fill)):
+            known = CHOICES[option]
+            if value not in known:
+                raise UserError(f"method.{option} is {', '.join(known)}, not '{value}'{nearest(value, known)}")
+        if not 0 < ratio <= 1:
+            raise UserError(f"method.ratio is above 0 and at most 1, not {ratio}")
+        if not 0 <= select_ratio < 1:
+            raise UserError(f"method.select_ratio is at least 0 and below 1, not {select_ratio}")
+        if not 1 <= tau <= sampling_steps:
+            raise UserError(f"method.tau is between 1 and method.sampling_steps={sampling_steps}, not {tau}")
+        if steps < 1 or batch_size < 1:
+            raise UserError("method.steps and method.batch_size must be at least 1")
+        self.name = name
+        self.ratio = ratio
+        self.tau = tau
+        self.select_ratio = select_ratio
+        self.base = base
+        self.context = context
+        self.halves = halves
+        self.fill = fill
+        self.sampler = Sampler(sampling_steps, sampling_guidance)
+        self.steps = steps
+        self.batch_size = batch_size
+        self.own: Sums | None = None
+
+    def check(self, concept: Concept) -> None:
+        """Every kind of concept will do: all it takes is a prompt with it and one without."""
+
+    def begin(self, job: Job) -> None:
+        self.job = job
+        if self.batch_size % (job.mine.step or 1):
+            raise UserError(f"method.batch_size={self.batch_size} does not divide over {job.mine.step} processes")
+        unet = job.model.pipe.unet
+        self.layers: dict[str, nn.Module] = {
+            key: unet.get_submodule(key.removeprefix("unet.").removesuffix(".weight")) for key in job.weights
+        }
+        self.widths = [weight.shape[1] for weight in job.weights.values()]
+        if int(self.ratio * max(self.widths)) < 1:
+            raise UserError(f"method.ratio={self.ratio} prunes nothing: a row has {max(self.widths)} inputs at most")
+        bases = job.concept if self.base == "anchor" else replace(job.concept, anchor=self.context)
+        self.pairs = list(zip(job.concept.prompts(), bases.anchor_prompts(), strict=True))
+        random.Random(job.seed).shuffle(self.pairs)
+        self.own = Sums(self.tau, sum(self.widths))
+
+    def optimizers(self) -> list[Optimizer]:
+        return []
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        for step in range(start, self.steps):
+            rows = range(step * self.batch_size, (step + 1) * self.batch_size)[self.job.mine]
+            pairs = [self.pairs[row % len(self.pairs)] for row in rows]
+            seeds = [seed_of("tune", self.job.seed, row) for row in rows]
+            yield Batch(step, [target for target, _ in pairs], [base for _, base in pairs], seeds)
+
+    def step(self, batch: Batch) -> dict[str, Tensor]:
+        assert self.own is not None
+        self.own.sums += self.job.total(self.squares(batch))
+        if batch.step + 1 < self.steps:
+            return {}
+        pruned = sum(int(mask.sum()) for mask in self.masks().values())
+        whole = sum(parameter.numel() for parameter in self.job.model.pipe.unet.parameters())
+        return {"pruned_share": torch.tensor(pruned / whole)}
+
+    @torch.no_grad()
+    def squares(self, batch: Batch) -> Tensor:
+        """The batch's part of `Sums.sums`, section 3 of the paper: z / |z| of every token, squared, summed."""
+        model, tau, pairs = self.job.model, self.tau, len(batch.seeds)
+        calls: dict[str, list[Tensor]] = {key: [] for key in self.layers}
+
+        def record(key: str, z: Tensor) -> None:
+            # Rows: (unconditional and conditional, or the latter alone) x (target, base) x pairs.
+            squared = F.normalize(z.float(), dim=-1).square().unflatten(0, (-1, 2, pairs))
+            used = squared if self.halves == "both" else squared[-1:]
+            calls[key].append(used.sum(dim=(0, 2, 3)))
+
+        text, empty = model.encode([*batch.targets, *batch.bases]), model.encode([""])
+        with _watched(self.layers, record):
+            # tau - 1 steps and then the last call without its step: what comes later is never painted.
+            latents, t = denoise_to(model, text, empty, batch.seeds * 2, tau - 1, self.sampler)
+            if self.sampler.guidance > 1:
+                latents, text = torch.cat([latents, latents]), torch.cat([empty.expand_as(text), text])
+            model.output(latents, t[0], text)
+        return torch.cat([torch.stack(calls[key], dim=1) for key in self.layers], dim=2)
+
+    def masks(self) -> dict[str, Tensor]:
+        """What is pruned of each weight, by key."""
+        assert self.own is not None
+        parts = self.own.sums.split(self.widths, dim=2)
+        return {
+            key: prunable(weight.detach(), *part.to(weight.device), self.ratio, self.select_ratio)
+            for (key, weight), part in zip(self.job.weights.items(), parts, strict=True)
+        }
+
+    def finish(self) -> Edit:
+        job, masks = self.job, self.masks()
+        pipe, concept, config = job.model.pipe, job.concept.name, job.config
+        if self.fill == "zero":
+            return Edit.from_zeros(pipe, masks, method=self.name, concept=concept, config=config)
+        with torch.no_grad():
+            for i, (key, mask) in enumerate(masks.items()):
+                job.weights[key].copy_(filled(job.weights[key], mask, self.fill, seed_of("tune", job.seed, 0, i)))
+        return Edit.from_change(pipe, job.base, method=self.name, concept=concept, config=config)
+
+
+def prunable(weight: Tensor, target: Tensor, base: Tensor, ratio: float, select_ratio: float) -> Tensor:
+    """Which weights (out, in) to prune, bool, by squared activations (tau, in) with the concept and without it.
+
+    In each denoising call the score is |W_ij| a_j, a the root of the summed squares (Sun et al. 2023, arXiv
+    2306.11695). Pruned in that call are, of each row, the floor(ratio * in) weights of the largest target score whose
+    base score is smaller (ConceptPrune, section 3.2); in the end, those of more than `select_ratio` of the calls.
+    """
+    size, k = weight.abs(), int(ratio * weight.shape[1])
+    counts = torch.zeros_like(weight, dtype=torch.int32)
+    for a_target, a_base in zip(target.sqrt(), base.sqrt(), strict=True):
+        score = size * a_target
+        top = torch.zeros_like(weight, dtype=torch.bool).scatter_(1, score.topk(k, dim=1).indices, True)
+        counts += top & (score > size * a_base)
+    return counts > select_ratio * len(target)
+
+
+def filled(weight: Tensor, mask: Tensor, fill: str, seed: int) -> Tensor:
+    """The weight with what the mask prunes replaced by the `mean` of the others, or by draws from them (`resample`)."""
+    kept = weight[~mask]
+    if not len(kept):
+        return torch.zeros_like(weight)
+    if fill == "mean":
+        return weight.masked_fill(mask, float(kept.mean()))
+    which = torch.randint(len(kept), (int(mask.sum()),), generator=torch.Generator().manual_seed(seed))
+    result = weight.clone()
+    result[mask] = kept[which.to(weight.device)]
+    return result
+
+
+@contextmanager
+def _watched(layers: Mapping[str, nn.Module], record: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Calls `record(key, input)` whenever a layer is called; the hooks are gone afterwards, whatever happens."""
+    with ExitStack() as hooks:
+        for key, layer in layers.items():
+            handle = layer.register_forward_pre_hook(lambda _, inputs, key=key: record(key, inputs[0]))
+            hooks.callback(handle.remove)
+        yield
