@@ -56,7 +56,9 @@ def painted(method: ConceptPrune) -> dict[str, Tensor]:
     return sums
 
 
-def chosen(weight: Tensor, sums: Tensor, tau: int, ratio: float, select_ratio: float) -> list[list[bool]]:
+def chosen(
+    weight: Tensor, sums: Tensor, tau: int, ratio: float, select_ratio: float, margin: float
+) -> list[list[bool]]:
     """The mask of the paper, weight by weight."""
     rows, width = weight.shape
     counts = [[0] * width for _ in range(rows)]
@@ -64,14 +66,19 @@ def chosen(weight: Tensor, sums: Tensor, tau: int, ratio: float, select_ratio: f
         target, base = ([math.sqrt(float(v)) for v in sums[role, call]] for role in (0, 1))
         for i in range(rows):
             scores = [abs(float(weight[i, j])) * target[j] for j in range(width)]
-            best = sorted(range(width), key=lambda j: -scores[j])[: math.floor(ratio * width)]  # noqa: B023
+            best = sorted(range(width), key=lambda j: -scores[j])[: math.floor(ratio * width)]
             for j in best:
-                counts[i][j] += scores[j] > abs(float(weight[i, j])) * base[j]
+                counts[i][j] += scores[j] > margin * abs(float(weight[i, j])) * base[j]
     return [[count > select_ratio * tau for count in row] for row in counts]
 
 
 @pytest.mark.parametrize(
-    "options", [(), ("method.halves=conditional",), ("method.select_ratio=0.5", "method.base=context", "concept=mosaic")]
+    "options",
+    [
+        (),
+        ("method.halves=conditional", "method.margin=1.001"),
+        ("method.select_ratio=0.5", "method.base=context", "concept=mosaic"),
+    ],
 )
 def test_the_mask_is_that_of_plain_loops_over_whole_paintings(options: tuple[str, ...], begun: Begun) -> None:
     method, _ = begun(*SMALL, "method.tau=2", "method.steps=2", *options)
@@ -85,10 +92,10 @@ def test_the_mask_is_that_of_plain_loops_over_whole_paintings(options: tuple[str
     for (key, weight), part in zip(method.job.weights.items(), parts, strict=True):
         # The last two of the four calls were never painted: the first two are the same as in whole paintings.
         torch.testing.assert_close(part, sums[key][:, :2], rtol=1e-4, atol=1e-5)
-        expected = torch.tensor(chosen(weight, sums[key], 2, method.ratio, method.select_ratio))
-        assert edit.zero[key].equal(expected)
-        assert 0 < expected.sum() < weight.numel()
+        expected = torch.tensor(chosen(weight, sums[key], 2, method.ratio, method.select_ratio, method.margin))
+        assert edit.zero.get(key, torch.zeros_like(expected)).equal(expected)
         pruned += int(expected.sum())
+    assert edit.changed_parameters == pruned > 20
     whole = sum(p.numel() for p in method.job.model.pipe.unet.parameters())
     assert float(logs["pruned_share"]) == pytest.approx(pruned / whole)
 
@@ -117,14 +124,17 @@ def test_a_mask_by_hand() -> None:
     target = torch.tensor([[4.0, 4.0, 4.0, 4.0], [1.0, 9.0, 1.0, 4.0]])
     base = torch.tensor([[1.0, 1.0, 9.0, 1.0], [4.0, 1.0, 0.0, 9.0]])
     # Scores: first [2, 4, (6), 0], [8, 2, (2), 2]; second [(1), 6, 3, (0)], [(4), 3, 1, (2)]; two of each row count.
-    assert prunable(weight, target[:1], base[:1], 0.5, 0.0)[0].tolist() == [False, True, False, False]
-    second = prunable(weight, target[1:], base[1:], 0.5, 0.0)
+    assert prunable(weight, target[:1], base[:1], 0.5, 0.0, 1.0)[0].tolist() == [False, True, False, False]
+    second = prunable(weight, target[1:], base[1:], 0.5, 0.0, 1.0)
     assert second.tolist() == [[False, True, True, False], [False, True, False, False]]
     # Union over time, and those chosen in more than half of the calls.
-    assert prunable(weight, target, base, 0.5, 0.0)[0].tolist() == [False, True, True, False]
-    assert prunable(weight, target, base, 0.5, 0.5)[0].tolist() == [False, True, False, False]
+    assert prunable(weight, target, base, 0.5, 0.0, 1.0)[0].tolist() == [False, True, True, False]
+    assert prunable(weight, target, base, 0.5, 0.5, 1.0)[0].tolist() == [False, True, False, False]
+    # Unit 2 of the first row was never used without the concept; unit 1 nine times as much (squared) as with it.
+    assert prunable(weight, target[1:], base[1:], 0.5, 0.0, 2.9)[0].tolist() == [False, True, True, False]
+    assert prunable(weight, target[1:], base[1:], 0.5, 0.0, 3.1)[0].tolist() == [False, False, True, False]
     # One of four, rounded down.
-    assert prunable(weight, target[1:], base[1:], 0.49, 0.0).tolist() == [[False, True, False, False], [False] * 4]
+    assert prunable(weight, target[1:], base[1:], 0.49, 0.0, 1.0).tolist() == [[False, True, False, False], [False] * 4]
 
 
 def test_what_pruned_weights_become() -> None:
@@ -173,6 +183,11 @@ def test_a_target_and_its_base_share_seed_and_template(begun: Begun) -> None:
     context, _ = begun(*SMALL, "method.base=context", "method.context=a table")
     batch = next(context.batches(0))
     assert [target.replace("a cat", "a table") for target in batch.targets] == batch.bases
+    retained, _ = begun(*SMALL, "method.base=retained", "method.steps=11")
+    words = list(retained.job.concept.retained.values())
+    pairs = [pair for b in retained.batches(0) for pair in zip(b.targets, b.bases, strict=True)]
+    for i, (target, base) in enumerate(pairs):
+        assert target.replace("a cat", words[i % len(words)]) == base
 
 
 def test_resumed_is_uninterrupted(begun: Begun) -> None:
@@ -237,7 +252,8 @@ def test_every_kind_of_concept_will_do(kind: str, begun: Begun) -> None:
         ("tau=0", "method.tau"),
         ("tau=99", "method.tau"),
         ("select_ratio=1", "method.select_ratio"),
-        ("base=achor", "anchor, context, not 'achor'.*anchor"),
+        ("margin=0", "method.margin"),
+        ("base=achor", "anchor, context, retained, not 'achor'.*anchor"),
         ("halves=all", "method.halves"),
         ("fill=noise", "method.fill"),
         ("steps=0", "method.steps"),
@@ -253,3 +269,12 @@ def test_bad_options_are_refused(option: str, said: str) -> None:
 def test_a_ratio_that_prunes_nothing_is_refused(begun: Begun) -> None:
     with pytest.raises(UserError, match="prunes nothing"):
         begun(*SMALL, "method.ratio=0.001")
+
+
+def test_retained_needs_something_to_retain() -> None:
+    cfg = compose(["method=concept_prune", "method.base=retained"])
+    cfg.concept.evaluation.in_domain = {"object/cat": "a cat"}
+    cfg.concept.neighbours = []
+    concept = instantiate(cfg.concept)
+    with pytest.raises(UserError, match="nothing to retain"):
+        instantiate(cfg.method).check(concept)

@@ -20,7 +20,11 @@ from unpaint.errors import UserError, nearest
 from unpaint.methods.base import Job
 from unpaint.sampling import Sampler, denoise_to, seed_of
 
-CHOICES = {"base": ("anchor", "context"), "halves": ("both", "conditional"), "fill": ("zero", "mean", "resample")}
+CHOICES = {
+    "base": ("anchor", "context", "retained"),
+    "halves": ("both", "conditional"),
+    "fill": ("zero", "mean", "resample"),
+}
 
 
 @dataclass(frozen=True)
@@ -45,12 +49,14 @@ class Sums(nn.Module):
 
 class ConceptPrune:
     """`ratio` of each row's inputs may be pruned in each of the first `tau` of `sampling_steps` denoising calls; a
-    weight is pruned if that happens in more than `select_ratio` of them (0: in any).
+    weight is pruned if that happens in more than `select_ratio` of them (0: in any). Its target score must be more than
+    `margin` times its base score (1: the paper).
 
-    `base`: what a target prompt is compared with: the same prompt with the concept's `anchor`, or with the words
-    `context` in the concept's place. `halves`: sum over `both` halves of a guided batch as the authors' code does, or
-    over the `conditional` one. `fill`: what pruned weights become: `zero`, the `mean` of the layer's other weights, or
-    values drawn from them (`resample`). `steps` x `batch_size` pairs are painted.
+    `base`: what a target prompt is compared with: the same prompt with the concept's `anchor`, with the words `context`
+    in the concept's place, or with the words of each of the `retained` concepts in turn. `halves`: sum over `both`
+    halves of a guided batch as the authors' code does, or over the `conditional` one. `fill`: what pruned weights
+    become: `zero`, the `mean` of the layer's other weights, or values drawn from them (`resample`). `steps` x
+    `batch_size` pairs are painted.
     """
 
     group = "feed_forward.out"
@@ -61,6 +67,7 @@ class ConceptPrune:
         ratio: float,
         tau: int,
         select_ratio: float,
+        margin: float,
         base: str,
         context: str,
         halves: str,
@@ -78,6 +85,8 @@ class ConceptPrune:
             raise UserError(f"method.ratio is above 0 and at most 1, not {ratio}")
         if not 0 <= select_ratio < 1:
             raise UserError(f"method.select_ratio is at least 0 and below 1, not {select_ratio}")
+        if margin <= 0:
+            raise UserError(f"method.margin is above 0 (1: as in the paper), not {margin}")
         if not 1 <= tau <= sampling_steps:
             raise UserError(f"method.tau is between 1 and method.sampling_steps={sampling_steps}, not {tau}")
         if steps < 1 or batch_size < 1:
@@ -86,6 +95,7 @@ class ConceptPrune:
         self.ratio = ratio
         self.tau = tau
         self.select_ratio = select_ratio
+        self.margin = margin
         self.base = base
         self.context = context
         self.halves = halves
@@ -97,6 +107,8 @@ class ConceptPrune:
 
     def check(self, concept: Concept) -> None:
         """Every kind of concept will do: all it takes is a prompt with it and one without."""
+        if self.base == "retained" and not concept.retained:
+            raise UserError(f"method.base=retained: '{concept.name}' has nothing to retain; use anchor or context")
 
     def begin(self, job: Job) -> None:
         self.job = job
@@ -109,8 +121,11 @@ class ConceptPrune:
         self.widths = [weight.shape[1] for weight in job.weights.values()]
         if int(self.ratio * max(self.widths)) < 1:
             raise UserError(f"method.ratio={self.ratio} prunes nothing: a row has {max(self.widths)} inputs at most")
-        bases = job.concept if self.base == "anchor" else replace(job.concept, anchor=self.context)
-        self.pairs = list(zip(job.concept.prompts(), bases.anchor_prompts(), strict=True))
+        concept = job.concept
+        words = {"anchor": [concept.anchor], "context": [self.context], "retained": list(concept.retained.values())}
+        bases = [replace(concept, anchor=other).anchor_prompts() for other in words[self.base]]
+        # Each target prompt with what it is compared with.
+        self.pairs = list(zip(concept.prompts(), zip(*bases, strict=True), strict=True))
         random.Random(job.seed).shuffle(self.pairs)
         self.own = Sums(self.tau, sum(self.widths))
 
@@ -120,9 +135,10 @@ class ConceptPrune:
     def batches(self, start: int) -> Iterator[Batch]:
         for step in range(start, self.steps):
             rows = range(step * self.batch_size, (step + 1) * self.batch_size)[self.job.mine]
-            pairs = [self.pairs[row % len(self.pairs)] for row in rows]
+            pairs = [(row, *self.pairs[row % len(self.pairs)]) for row in rows]
             seeds = [seed_of("tune", self.job.seed, row) for row in rows]
-            yield Batch(step, [target for target, _ in pairs], [base for _, base in pairs], seeds)
+            targets = [target for _, target, _ in pairs]
+            yield Batch(step, targets, [bases[row % len(bases)] for row, _, bases in pairs], seeds)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         assert self.own is not None
@@ -157,11 +173,12 @@ class ConceptPrune:
     def masks(self) -> dict[str, Tensor]:
         """What is pruned of each weight, by key."""
         assert self.own is not None
+        masks = {}
         parts = self.own.sums.split(self.widths, dim=2)
-        return {
-            key: prunable(weight.detach(), *part.to(weight.device), self.ratio, self.select_ratio)
-            for (key, weight), part in zip(self.job.weights.items(), parts, strict=True)
-        }
+        for (key, weight), part in zip(self.job.weights.items(), parts, strict=True):
+            target, base = part.to(weight.device)
+            masks[key] = prunable(weight.detach(), target, base, self.ratio, self.select_ratio, self.margin)
+        return masks
 
     def finish(self) -> Edit:
         job, masks = self.job, self.masks()
@@ -174,19 +191,20 @@ class ConceptPrune:
         return Edit.from_change(pipe, job.base, method=self.name, concept=concept, config=config)
 
 
-def prunable(weight: Tensor, target: Tensor, base: Tensor, ratio: float, select_ratio: float) -> Tensor:
+def prunable(weight: Tensor, target: Tensor, base: Tensor, ratio: float, select_ratio: float, margin: float) -> Tensor:
     """Which weights (out, in) to prune, bool, by squared activations (tau, in) with the concept and without it.
 
     In each denoising call the score is |W_ij| a_j, a the root of the summed squares (Sun et al. 2023, arXiv
-    2306.11695). Pruned in that call are, of each row, the floor(ratio * in) weights of the largest target score whose
-    base score is smaller (ConceptPrune, section 3.2); in the end, those of more than `select_ratio` of the calls.
+    2306.11695). Pruned in that call are, of each row, the floor(ratio * in) weights of the largest target score, if it
+    is more than `margin` times the base score (ConceptPrune: 1). In the end: those of more than `select_ratio` of the
+    calls.
     """
     size, k = weight.abs(), int(ratio * weight.shape[1])
     counts = torch.zeros_like(weight, dtype=torch.int32)
     for a_target, a_base in zip(target.sqrt(), base.sqrt(), strict=True):
         score = size * a_target
         top = torch.zeros_like(weight, dtype=torch.bool).scatter_(1, score.topk(k, dim=1).indices, True)
-        counts += top & (score > size * a_base)
+        counts += top & (score > margin * (size * a_base))
     return counts > select_ratio * len(target)
 
 
