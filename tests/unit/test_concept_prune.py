@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def test_the_mask_is_that_of_plain_loops_over_whole_paintings(options: tuple[str
         logs = method.step(batch)
     edit = method.finish()
     assert method.own is not None
-    parts = method.own.sums.split(method.widths, dim=2)
+    parts = method.own.sums[0].split(method.widths, dim=2)
     pruned = 0
     for (key, weight), part in zip(method.job.weights.items(), parts, strict=True):
         # The last two of the four calls were never painted: the first two are the same as in whole paintings.
@@ -104,11 +105,11 @@ def test_half_of_a_guided_batch_matters(begun: Begun) -> None:
     both, one = (begun(*SMALL, f"method.halves={halves}")[0] for halves in ("both", "conditional"))
     sums = [method.squares(next(method.batches(0))) for method in (both, one)]
     # Each token adds 1 in each layer and call.
-    totals = [float(s[0, 0].sum()) for s in sums]
+    totals = [float(s[0, 0, 0].sum()) for s in sums]
     assert totals[0] == pytest.approx(2 * totals[1], rel=1e-4)
     # Without a prompt, target and base are the same.
     unconditional = sums[0] - sums[1]
-    torch.testing.assert_close(unconditional[0, 0], unconditional[1, 0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(unconditional[0, 0, 0], unconditional[0, 1, 0], rtol=1e-4, atol=1e-4)
 
 
 def test_without_guidance_there_is_one_half(begun: Begun) -> None:
@@ -231,6 +232,41 @@ def test_no_hook_is_left_even_after_an_error(begun: Begun, monkeypatch: pytest.M
     with pytest.raises(RuntimeError, match="no"):
         method.step(batch)
     assert not list(hooks())
+
+
+@dataclass(frozen=True)
+class Several:
+    """What the method asks of a concept set."""
+
+    name: str
+    members: tuple[Concept, ...]
+    retained: dict[str, str]
+
+
+@pytest.mark.parametrize("base", ["anchor", "retained"])
+def test_a_set_is_pruned_of_what_any_member_is_pruned_of(base: str, begun: Begun) -> None:
+    options = ("method.steps=2", "method.tau=2", f"method.base={base}")
+    alone = [begun(*SMALL, *options, f"concept={name}")[0] for name in ("cat", "mosaic")]
+    together, _ = begun(*SMALL, *options, "method.batch_size=4")
+    retained = {"object/bird": "a bird"}
+    object.__setattr__(
+        together.job, "concept", Several("both", tuple(method.job.concept for method in alone), retained)
+    )
+    for method in alone:
+        if base == "retained":
+            object.__setattr__(
+                method.job.concept, "evaluation", replace(method.job.concept.evaluation, in_domain=retained)
+            )
+        method.begin(method.job)
+    together.begin(together.job)
+    for method in (*alone, together):
+        for batch in method.batches(0):
+            method.step(batch)
+    cat, mosaic = (method.finish().zero for method in alone)
+    both = together.finish()
+    assert both.header.concept == "both"
+    assert all(mask.equal(cat[key] | mosaic[key]) for key, mask in both.zero.items())
+    assert any(not cat[key].equal(mosaic[key]) for key in cat)
 
 
 @pytest.mark.parametrize("kind", ["individual", "combination", "conditional"])

@@ -29,22 +29,24 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class Batch:
-    """The pairs of one step that this rank paints: target prompts, base prompts, and the seed that both share."""
+    """The pairs of one step that this rank paints: target prompts, base prompts, the seed that both share, and which
+    member of a concept set each is for."""
 
     step: int
     targets: list[str]
     bases: list[str]
     seeds: list[int]
+    members: list[int]
 
 
 class Sums(nn.Module):
-    """Squared activations summed over all tokens and pairs: (2, tau, inputs of all layers), target first."""
+    """Squared activations summed over all tokens and pairs: (members, 2, tau, inputs of all layers), target first."""
 
     sums: Tensor
 
-    def __init__(self, tau: int, inputs: int) -> None:
+    def __init__(self, members: int, tau: int, inputs: int) -> None:
         super().__init__()
-        self.register_buffer("sums", torch.zeros(2, tau, inputs))
+        self.register_buffer("sums", torch.zeros(members, 2, tau, inputs))
 
 
 class ConceptPrune:
@@ -56,7 +58,7 @@ class ConceptPrune:
     in the concept's place, or with the words of each of the `retained` concepts in turn. `halves`: sum over `both`
     halves of a guided batch as the authors' code does, or over the `conditional` one. `fill`: what pruned weights
     become: `zero`, the `mean` of the layer's other weights, or values drawn from them (`resample`). `steps` x
-    `batch_size` pairs are painted.
+    `batch_size` pairs are painted, which the members of a concept set share; what any of them prunes is pruned.
     """
 
     group = "feed_forward.out"
@@ -121,24 +123,33 @@ class ConceptPrune:
         self.widths = [weight.shape[1] for weight in job.weights.values()]
         if int(self.ratio * max(self.widths)) < 1:
             raise UserError(f"method.ratio={self.ratio} prunes nothing: a row has {max(self.widths)} inputs at most")
-        concept = job.concept
-        words = {"anchor": [concept.anchor], "context": [self.context], "retained": list(concept.retained.values())}
-        bases = [replace(concept, anchor=other).anchor_prompts() for other in words[self.base]]
-        # Each target prompt with what it is compared with.
-        self.pairs = list(zip(concept.prompts(), zip(*bases, strict=True), strict=True))
-        random.Random(job.seed).shuffle(self.pairs)
-        self.own = Sums(self.tau, sum(self.widths))
+        self.pairs = [self._pairs(member) for member in _members(job.concept)]
+        self.own = Sums(len(self.pairs), self.tau, sum(self.widths))
+
+    def _pairs(self, member: Concept) -> list[tuple[str, tuple[str, ...]]]:
+        """Each target prompt with what it is compared with in turn."""
+        others = list(self.job.concept.retained.values())
+        words = {"anchor": [member.anchor], "context": [self.context], "retained": others}[self.base]
+        bases = [replace(member, anchor=other).anchor_prompts() for other in words]
+        pairs = list(zip(member.prompts(), zip(*bases, strict=True), strict=True))
+        random.Random(self.job.seed).shuffle(pairs)
+        return pairs
 
     def optimizers(self) -> list[Optimizer]:
         return []
 
     def batches(self, start: int) -> Iterator[Batch]:
         for step in range(start, self.steps):
-            rows = range(step * self.batch_size, (step + 1) * self.batch_size)[self.job.mine]
-            pairs = [(row, *self.pairs[row % len(self.pairs)]) for row in rows]
-            seeds = [seed_of("tune", self.job.seed, row) for row in rows]
-            targets = [target for _, target, _ in pairs]
-            yield Batch(step, targets, [bases[row % len(bases)] for row, _, bases in pairs], seeds)
+            batch = Batch(step, [], [], [], [])
+            for row in range(step * self.batch_size, (step + 1) * self.batch_size)[self.job.mine]:
+                # Members in turn, with the same seeds: each gets what it would get alone.
+                i, member = divmod(row, len(self.pairs))
+                target, bases = self.pairs[member][i % len(self.pairs[member])]
+                batch.targets.append(target)
+                batch.bases.append(bases[i % len(bases)])
+                batch.seeds.append(seed_of("tune", self.job.seed, i))
+                batch.members.append(member)
+            yield batch
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         assert self.own is not None
@@ -153,13 +164,15 @@ class ConceptPrune:
     def squares(self, batch: Batch) -> Tensor:
         """The batch's part of `Sums.sums`, section 3 of the paper: z / |z| of every token, squared, summed."""
         model, tau, pairs = self.job.model, self.tau, len(batch.seeds)
+        members = torch.tensor(batch.members, device=model.device)
         calls: dict[str, list[Tensor]] = {key: [] for key in self.layers}
 
         def record(key: str, z: Tensor) -> None:
             # Rows: (unconditional and conditional, or the latter alone) x (target, base) x pairs.
             squared = F.normalize(z.float(), dim=-1).square().unflatten(0, (-1, 2, pairs))
             used = squared if self.halves == "both" else squared[-1:]
-            calls[key].append(used.sum(dim=(0, 2, 3)))
+            per_pair = used.sum(dim=(0, 3)).transpose(0, 1)
+            calls[key].append(per_pair.new_zeros(len(self.pairs), *per_pair.shape[1:]).index_add(0, members, per_pair))
 
         text, empty = model.encode([*batch.targets, *batch.bases]), model.encode([""])
         with _watched(self.layers, record):
@@ -168,16 +181,18 @@ class ConceptPrune:
             if self.sampler.guidance > 1:
                 latents, text = torch.cat([latents, latents]), torch.cat([empty.expand_as(text), text])
             model.output(latents, t[0], text)
-        return torch.cat([torch.stack(calls[key], dim=1) for key in self.layers], dim=2)
+        return torch.cat([torch.stack(calls[key], dim=2) for key in self.layers], dim=3)
 
     def masks(self) -> dict[str, Tensor]:
         """What is pruned of each weight, by key."""
         assert self.own is not None
         masks = {}
-        parts = self.own.sums.split(self.widths, dim=2)
+        parts = self.own.sums.split(self.widths, dim=3)
         for (key, weight), part in zip(self.job.weights.items(), parts, strict=True):
-            target, base = part.to(weight.device)
-            masks[key] = prunable(weight.detach(), target, base, self.ratio, self.select_ratio, self.margin)
+            mask = torch.zeros_like(weight, dtype=torch.bool)
+            for target, base in part.to(weight.device):
+                mask |= prunable(weight.detach(), target, base, self.ratio, self.select_ratio, self.margin)
+            masks[key] = mask
         return masks
 
     def finish(self) -> Edit:
@@ -189,6 +204,11 @@ class ConceptPrune:
             for i, (key, mask) in enumerate(masks.items()):
                 job.weights[key].copy_(filled(job.weights[key], mask, self.fill, seed_of("tune", job.seed, 0, i)))
         return Edit.from_change(pipe, job.base, method=self.name, concept=concept, config=config)
+
+
+def _members(concept: Concept) -> tuple[Concept, ...]:
+    """The concepts of a set, or the one."""
+    return tuple(getattr(concept, "members", (concept,)))
 
 
 def prunable(weight: Tensor, target: Tensor, base: Tensor, ratio: float, select_ratio: float, margin: float) -> Tensor:
