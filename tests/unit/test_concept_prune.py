@@ -249,15 +249,13 @@ def test_a_set_is_pruned_of_what_any_member_is_pruned_of(base: str, begun: Begun
     alone = [begun(*SMALL, *options, f"concept={name}")[0] for name in ("cat", "mosaic")]
     together, _ = begun(*SMALL, *options, "method.batch_size=4")
     retained = {"object/bird": "a bird"}
-    object.__setattr__(
-        together.job, "concept", Several("both", tuple(method.job.concept for method in alone), retained)
-    )
     for method in alone:
-        if base == "retained":
-            object.__setattr__(
-                method.job.concept, "evaluation", replace(method.job.concept.evaluation, in_domain=retained)
-            )
+        concept = method.job.concept
+        only = replace(concept, evaluation=replace(concept.evaluation, in_domain=retained), neighbours=())
+        object.__setattr__(method.job, "concept", only)
         method.begin(method.job)
+    members = tuple(method.job.concept for method in alone)
+    object.__setattr__(together.job, "concept", Several("both", members, retained))
     together.begin(together.job)
     for method in (*alone, together):
         for batch in method.batches(0):
