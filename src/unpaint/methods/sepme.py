@@ -23,6 +23,7 @@ from unpaint.sampling import Paintings, Sampler
 GROUPS = {"separable": "cross_attention.kv", "direct": "cross_attention"}
 PROMPTS = ("concept", "all")
 PROTECT = ("none", "neighbours", "in_domain")
+ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -156,13 +157,13 @@ class SepME:
         self.job = job
         if self.batch_size % (job.mine.step or 1):
             raise UserError(f"method.batch_size={self.batch_size} does not divide over {job.mine.step} processes")
+        every = job.concept.prompts(further=True)
+        self.prompts = every if self.asked == "all" else every[:1]
+        random.Random(job.seed).shuffle(self.prompts)
         self.own = State(list(job.base.values()), self._basis() if self.separable else None)
         self.trained = list(self.own.coefficients if self.separable else job.weights.values())
         if self.accumulate_gradients:
             self.own.accumulate(self.trained)
-        every = job.concept.prompts(further=True)
-        self.prompts = every if self.asked == "all" else every[:1]
-        random.Random(job.seed).shuffle(self.prompts)
         advance = job.progress("pictures of the unedited model", self.pictures)
         folder = job.cache / "banks"
         self.bank = Paintings.build(job.model, self.prompts, self.pictures, self.sampler, job.seed, folder, advance)
@@ -170,16 +171,21 @@ class SepME:
 
     def _basis(self) -> Tensor:
         fixed, protected = self.fixed_prompts(), self.protected_prompts()
-        states = self._states(fixed)
+        states, own = self._states(fixed), self._states(self.prompts).double()
         basis = null_space(states, self.tolerance)
         left = len(basis)
         if protected:
             basis = stillest(basis, self._states(protected), left - int(self.protect_share * left))
+        lacking = ""
         if len(basis) < self.least_dimensions:
+            lacking = f"method.least_dimensions={self.least_dimensions}"
+        elif (own @ basis.T).norm() <= ROUNDING * own.norm():
+            lacking = f"and the prompts of '{self.job.concept.name}' lie along none of those"
+        if lacking:
             given_up = f", {left - len(basis)} of them given up to protect others" if protected else ""
             raise UserError(
                 f"method=sepme: {len(fixed)} prompts that must not move leave {left} of {states.shape[1]} dimensions"
-                f"{given_up}, method.least_dimensions={self.least_dimensions}; erase fewer concepts at once, or lower "
+                f"{given_up}, {lacking}; erase fewer concepts at once, or lower "
                 f"method.decouple={self.decouple} (prompts a concept), or raise method.tolerance={self.tolerance:g}"
             )
         return basis
