@@ -19,7 +19,7 @@ from unpaint.methods.sepme import Batch, SepME, null_space, stillest
 from unpaint.sampling import noise
 
 Begun = Callable[..., tuple[SepME, list[Tensor]]]
-FEW = ("method=sepme", "method.pictures=2", "method.batch_size=2", "method.protect=none", "method.stop_below=null")
+FEW = ("method=sepme", "method.pictures=2", "method.batch_size=2", "method.protect=none", "method.stop_after=1000")
 
 
 @pytest.fixture(scope="module")
@@ -258,9 +258,9 @@ def test_early_stop(begun: Begun, short: str) -> None:
     assert all(one.equal(other) for one, other in zip(weights, method.job.weights.values(), strict=True))
 
 
-@pytest.mark.parametrize("below", ["null", "-1e9"])
-def test_no_early_stop(below: str, begun: Begun, short: str) -> None:
-    method, _ = begun(*FEW, short, f"method.stop_below={below}", "method.stop_after=0")
+@pytest.mark.parametrize("option", ["stop_after=100", "stop_below=-1e9"])
+def test_no_early_stop(option: str, begun: Begun, short: str) -> None:
+    method, _ = begun(*FEW, short, "method.stop_below=1e9", "method.stop_after=0", f"method.{option}")
     again(method)
     for batch in method.batches(method.steps - 3):
         assert batch is not None

@@ -75,7 +75,7 @@ class SepME:
 
     `prompts`: train on `all` erasing prompts or on the bare `concept`; `pictures` of them are painted by the unedited
     model with `sampling_steps` of DDIM at `sampling_guidance`. `basis_scale` is beta, `drift_weight` lambda,
-    `stop_below` tau (None: never stop early), `stop_smoothing` alpha, `stop_after` the steps before that.
+    `stop_below` tau, `stop_smoothing` alpha; no run stops before `stop_after` steps, so `steps` there means never.
     """
 
     own: State
@@ -96,7 +96,7 @@ class SepME:
         sampling_guidance: float,
         basis_scale: float,
         drift_weight: float,
-        stop_below: float | None,
+        stop_below: float,
         stop_smoothing: float,
         stop_after: int,
         accumulate_gradients: bool,
@@ -288,7 +288,7 @@ class SepME:
         alpha = self.stop_smoothing if n else 0.0
         own.average.mul_(alpha).add_(correlation.float(), alpha=1 - alpha)
         own.seen.add_(1)
-        if self.stop_below is not None and n > self.stop_after and float(own.average) < self.stop_below:
+        if n > self.stop_after and float(own.average) < self.stop_below:
             own.stopped.fill_(True)
 
     def finish(self) -> Edit:
