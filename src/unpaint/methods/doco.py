@@ -232,12 +232,11 @@ def operate(adversarial: Tensor, prior: Tensor, surgery: str, strength: float = 
     `projection` takes away `strength` times the component along the prior gradient, as the paper says; `cosine`, as the
     authors' code does, the cosine between the two times the prior's unit vector, however small the gradient is.
     """
-    product = (adversarial * prior).sum()
-    if surgery == "projection":
-        along = product / prior.square().sum().clamp(min=torch.finfo(prior.dtype).tiny) * prior
-    else:
-        along = product / ((adversarial.norm() + 1e-8) * (prior.norm() + 1e-8).square()) * prior
-    return torch.where(product < 0, adversarial - strength * along, adversarial)
+    unit = F.normalize(prior.flatten(), dim=0).view_as(prior)
+    along = (adversarial * unit).sum()
+    if surgery == "cosine":
+        along = along / adversarial.norm().clamp(min=1e-12)
+    return torch.where(along < 0, adversarial - strength * along * unit, adversarial)
 
 
 def patch_discriminator(latent_shape: tuple[int, int, int], width: int, seed: int) -> nn.Module:
