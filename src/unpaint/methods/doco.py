@@ -138,10 +138,13 @@ class DoCo:
         pairs = list(zip(concept.prompts(self.erase_phrases), concept.anchor_prompts(self.erase_phrases), strict=True))
         rng.shuffle(pairs)
         self.targets, self.anchors = [target for target, _ in pairs], [anchor for _, anchor in pairs]
-        self.retained = concept.retain_prompts() if self.prior_prompts == "retain" else list(self.anchors)
-        rng.shuffle(self.retained)
         self.anchor_bank = self._painted(self.anchors, self.anchor_pictures, "the anchor")
-        self.prior_bank = self._painted(self.retained, self.prior_pictures, "what stays")
+        if self.prior_prompts == "anchor":
+            self.retained, self.prior_bank = self.anchors, self.anchor_bank
+        else:
+            self.retained = concept.retain_prompts()
+            rng.shuffle(self.retained)
+            self.prior_bank = self._painted(self.retained, self.prior_pictures, "what stays")
         self.own = patch_discriminator(job.model.latent_shape, self.discriminator_width, seed_of("tune", job.seed))
         self.own.to(job.model.device)
 
