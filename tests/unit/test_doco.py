@@ -334,7 +334,7 @@ def test_batches_are_a_function_of_seed_and_step(begun: Begun) -> None:
 
 
 def tiny_run(folder: Path, outputs: Path, *options: str) -> DictConfig:
-    own = ["logger=none", "probes=0", "trainer=cpu", "checkpoint_seconds=0", f"outputs={outputs}"]
+    own = ["logger=csv", "probes=0", "trainer=cpu", "checkpoint_seconds=0", f"outputs={outputs}"]
     short = ["method.steps=4", "method.warm_up=0.25", "method.sampling_steps=2"]
     return compose(["model=sd15", f"model.path={folder}", *own, *FEW, *short, *options])
 

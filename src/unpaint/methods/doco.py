@@ -80,8 +80,15 @@ class DoCo:
         weight_decay: float,
         batch_size: int,
     ) -> None:
-        given = (variant, surgery, prior_prompts, discriminator_gradients, bos)
-        for (option, choices), value in zip(CHOICES.items(), given, strict=True):
+        given = {
+            "variant": variant,
+            "surgery": surgery,
+            "prior_prompts": prior_prompts,
+            "bos": bos,
+            "discriminator_gradients": discriminator_gradients,
+        }
+        for option, value in given.items():
+            choices = CHOICES[option]
             if value not in choices:
                 raise UserError(
                     f"method.{option} is one of {', '.join(choices)}, not '{value}'{nearest(value, choices)}"
