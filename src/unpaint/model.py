@@ -180,7 +180,7 @@ def _in_group(key: str, group: str) -> bool:
         case "cross_attention.kv":
             return cross and (".to_k." in key or ".to_v." in key)
         case "cross_attention.qkv":
-            return cross and ".to_out." not in key
+            return cross and any(f".to_{projection}." in key for projection in "qkv")
         case "cross_attention":
             return cross
         case "feed_forward.out":
