@@ -125,8 +125,7 @@ def test_the_penaltys_gradient_is_that_of_its_value(choice: str, second_order: s
         influence: dict[str, list[Tensor]] = {"q": [], "k": [], "v": []}
         for key, g in zip(weights, found, strict=True):
             whole = g.abs().double()
-            heads = 2 if g.shape[0] == 8 else 4  # of 4 wide, in blocks of 8 and of 16 channels
-            own = whole.reshape(heads, -1).mean(1) if kind == "heads" else whole.flatten()
+            own = whole.reshape(4, -1).mean(1) if kind == "heads" else whole.flatten()
             influence[key.split(".to_")[1][0]].append(own)
         excess = []
         for projection, parts in influence.items():
