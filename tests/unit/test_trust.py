@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from unpaint.config import compose, instantiate
+from unpaint.edit import Edit
 from unpaint.errors import UserError
 from unpaint.methods.trust import TRUST
+from unpaint.run import erase
 
 Tensors = dict[str, Tensor]
 Make = Callable[..., TRUST]
@@ -229,6 +231,13 @@ def test_zeroing_sets_the_concept_neurons_to_zero(make: Make) -> None:
     edit, mask = method.finish(), method.neurons.mask()
     assert not edit.delta and sum(int(m.sum()) for m in edit.zero.values()) > 0
     assert all(edit.zero[key].equal(mask[key]) for key in edit.zero)
+
+
+def test_zeroing_needs_no_optimizer(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    options = ["model=sd15", f"model.path={tiny_pipeline_folder}", "trainer=cpu", "logger=none", "probes=0"]
+    options += ["method=trust", "method.objective=zero", "method.sampling_steps=4", "method.first_estimates=1"]
+    edit = Edit.load(erase(compose([*options, f"outputs={tmp_path}"])))
+    assert edit.zero and not edit.delta
 
 
 @pytest.mark.parametrize("image", ["one_step", "trajectory"])

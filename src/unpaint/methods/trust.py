@@ -361,8 +361,8 @@ class TRUST:
             both = torch.cat([empty.expand_as(text), text])
             without, with_text = model.predict(x.repeat(2, 1, 1, 1), t.repeat(2), both, weights).chunk(2)
             noise = without + guidance * (with_text - without)
-        abar = model.alphas_cumprod[t].view(-1, 1, 1, 1).to(x.dtype)
-        return (x - (1 - abar).sqrt() * noise) / abar.sqrt()
+        abar = model.alphas_cumprod[t].view(-1, 1, 1, 1)
+        return (x.float() - (1 - abar).sqrt() * noise.float()) / abar.sqrt()
 
     def _noise(self, batch: Batch) -> Scalar:
         """A scalar of the noise predicted for the concept.
