@@ -67,7 +67,7 @@ def test_averaging_and_drift() -> None:
     found.add({ONE: first}, share=1.0, keep=1.0)
     assert found.choose(first=True)["mask/jaccard_previous"] == 1
     found.add({ONE: second}, share=0.75, keep=0.25)
-    assert found.saliency_q.tolist() == [2.25, 0.0, 0.0, 6.75]
+    assert found.get_buffer("saliency_q").tolist() == [2.25, 0.0, 0.0, 6.75]
     # One in each of the masks, nothing in common; both have been in a mask.
     assert found.choose(first=False)["mask/jaccard_previous"] == 0
     drift = found.drift()
@@ -92,8 +92,8 @@ def test_jaccard() -> None:
 
 def attention(weights: Mapping[str, Tensor]) -> Tensor:
     x = torch.randn(1, 2, 5, 3, generator=torch.Generator().manual_seed(1), dtype=weights["q"].dtype)
-    heads = [x @ weights[name] for name in ("q", "k", "v")]
-    return torch.nn.functional.scaled_dot_product_attention(*heads).square().mean()
+    query, key, value = (x @ weights[name] for name in ("q", "k", "v"))
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value).square().mean()
 
 
 @pytest.mark.parametrize(("second_order", "tolerance"), [("exact", 1e-10), ("finite_difference", 1e-4)])

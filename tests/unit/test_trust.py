@@ -194,6 +194,8 @@ def test_the_saliency_is_averaged_in_own(make: Make) -> None:
     batches = list(method.batches(0))
     assert [len(batch.pictures) for batch in batches] == [2, 0, 1, 0]
 
+    assert method.own is not None
+
     def seen(batch: Any, i: int) -> Tensor:
         weights = moved(method, unit(method.job.base), 0.0)
         found = torch.autograd.grad(method._alignment(batch.pictures[i])(weights), list(weights.values()))
