@@ -263,25 +263,7 @@ class TRUST:
     # --- one step
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
-        logs = {"mask/jaccard_previous": torch.ones((), device=batch.latents.device)}
-        pull: list[Tensors] = []
-        if batch.pictures:
-            *further, own = batch.pictures
-            for pictures in further:
-                _, found = gradient(self._alignment(pictures), self.job.weights)
-                self.neurons.add(self._over_ranks(found), 1 / self.first_estimates, keep=1)
-            scalar = self._alignment(own)
-            logs["alignment"], found, curvature = self._first_and_second(scalar, self._counts)
-            found = self._over_ranks(found)
-            if self._looks(batch.step):
-                first = batch.step == 0
-                share, keep = (1 / self.first_estimates, 1.0) if first else (1 - self.mask_ema, self.mask_ema)
-                self.neurons.add(found, share, keep)
-                logs |= self.neurons.choose(first)
-            if self._counts:
-                logs["influential"], outer = _outer(self._influential, found)
-                pull.append(curvature(outer))
-        logs |= self.neurons.drift()
+        logs, pull = self._find(batch)
         if self.objective == "zero":
             return logs
         if self.objective == "csr" and self.beta > 0:
@@ -303,6 +285,27 @@ class TRUST:
             loss = loss + self.retain * retention
         self._update(loss)
         return logs
+
+    def _find(self, batch: Batch) -> tuple[dict[str, Tensor], list[Tensors]]:
+        """Looks at the pictures: renews the mask when it is time to, and returns logs and CIP's gradient, if any."""
+        logs = {"mask/jaccard_previous": torch.ones((), device=batch.latents.device)}
+        pull: list[Tensors] = []
+        if batch.pictures:
+            *further, own = batch.pictures
+            for pictures in further:
+                _, found = gradient(self._alignment(pictures), self.job.weights)
+                self.neurons.add(self._over_ranks(found), 1 / self.first_estimates, keep=1)
+            logs["alignment"], found, curvature = self._first_and_second(self._alignment(own), self._counts)
+            found = self._over_ranks(found)
+            if self._looks(batch.step):
+                first = batch.step == 0
+                share, keep = (1 / self.first_estimates, 1.0) if first else (1 - self.mask_ema, self.mask_ema)
+                self.neurons.add(found, share, keep)
+                logs |= self.neurons.choose(first)
+            if self._counts:
+                logs["influential"], outer = _outer(self._influential, found)
+                pull.append(curvature(outer))
+        return logs | self.neurons.drift(), pull
 
     def _update(self, loss: Tensor) -> None:
         """One step of Adam on the masked weights: the others' gradients are 0 and they keep their bits."""
