@@ -25,7 +25,14 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-GROUPS = ("cross_attention.kv", "cross_attention", "feed_forward.out", "not_cross_attention", "all")
+GROUPS = (
+    "cross_attention.kv",
+    "cross_attention.qkv",
+    "cross_attention",
+    "feed_forward.out",
+    "not_cross_attention",
+    "all",
+)
 CACHED_TEXTS = 1024
 # What diffusers, transformers and safetensors raise on missing, truncated or ill-shaped files.
 _LOAD_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError)
@@ -147,6 +154,7 @@ class TextToImage:
         """The UNet's own parameters of a named group, keyed `unet.<diffusers name>`, in the network's order.
 
         - `cross_attention.kv`: `attn2.to_k.*`, `attn2.to_v.*` (ESD-x-strict, UCE)
+        - `cross_attention.qkv`: those and `attn2.to_q.*`, all but the output projection (TRUST)
         - `cross_attention`: `attn2.*` (ESD-x)
         - `feed_forward.out`: `ff.net.2.weight`, the second linear layer of each feed-forward block (ConceptPrune)
         - `not_cross_attention`: all but `attn2.*`, norms and time embedding included (ESD-u)
@@ -171,6 +179,8 @@ def _in_group(key: str, group: str) -> bool:
     match group:
         case "cross_attention.kv":
             return cross and (".to_k." in key or ".to_v." in key)
+        case "cross_attention.qkv":
+            return cross and any(f".to_{projection}." in key for projection in "qkv")
         case "cross_attention":
             return cross
         case "feed_forward.out":

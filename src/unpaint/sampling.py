@@ -221,6 +221,29 @@ def denoise_to(
     return result, run.timesteps[torch.tensor(wanted, device=model.device)]
 
 
+def denoise_on(
+    model: TextToImage,
+    latents: Tensor,
+    k: int,
+    text: Tensor,
+    unconditional: Tensor,
+    sampler: Sampler,
+    weights: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    """The rest of the way: latents (B, C, h, w) after k steps -> finished latents; differentiable in latents, weights.
+
+    text (B, L, D), unconditional (1, L, D); continues what `denoise_to` with this k began. Raises ValueError on an eta
+    other than 0: noise drawn on the way would have to be the same on every call. `weights` as in `predict`.
+    """
+    if sampler.eta > 0:
+        raise ValueError(f"denoise_on takes eta 0, not {sampler.eta}")
+    run = _DDIM(model, sampler)
+    condition = run.condition(text, unconditional)
+    for i in range(k, sampler.steps):
+        latents = run.step(i, latents, condition, (), weights)
+    return latents
+
+
 @dataclass(frozen=True)
 class Bank:
     """Stored trajectories of a model: every state on the way from noise to picture, to train on without painting.

@@ -136,10 +136,10 @@ def test_groups_hold_exactly_their_weights(eps_model: TextToImage) -> None:
     assert blocks
     kv = {f"unet.{block}.attn2.{part}.weight" for block in blocks for part in ("to_k", "to_v")}
     assert set(keys["cross_attention.kv"]) == kv
-    out = {
-        f"unet.{block}.attn2.{part}" for block in blocks for part in ("to_q.weight", "to_out.0.weight", "to_out.0.bias")
-    }
-    assert cross == kv | out
+    queries = {f"unet.{block}.attn2.to_q.weight" for block in blocks}
+    assert set(keys["cross_attention.qkv"]) == kv | queries
+    out = {f"unet.{block}.attn2.{part}" for block in blocks for part in ("to_out.0.weight", "to_out.0.bias")}
+    assert cross == kv | queries | out
     assert set(keys["feed_forward.out"]) == {f"unet.{block}.ff.net.2.weight" for block in blocks}
     assert "unet.time_embedding.linear_1.weight" in rest
     assert f"unet.{blocks[0]}.norm2.weight" in rest

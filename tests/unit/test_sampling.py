@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from unpaint import sampling
 from unpaint.errors import UserError
 from unpaint.model import TextToImage, load_model
-from unpaint.sampling import Bank, Paintings, Sampler, denoise_to, noise, paint, seed_of
+from unpaint.sampling import Bank, Paintings, Sampler, denoise_on, denoise_to, noise, paint, seed_of
 
 PROMPTS = ["a cat", "a dog at night", "two birds", "a house", "a cat", "a boat on a beach"]
 SEEDS = [3, 1, 4, 15, 92, 65]
@@ -192,6 +192,18 @@ def test_partially_denoised_latents_can_be_trained_on(tiny_pipeline_folder: Path
     assert torch.equal(latents, expected)
     model.predict(latents, t, text).square().mean().backward()
     assert all(p.grad is not None for p in model.group("cross_attention").values())
+
+
+@pytest.mark.parametrize("k", [0, 3])
+def test_the_rest_of_the_way_ends_in_the_painting_and_has_its_gradient(eps_model: TextToImage, k: int) -> None:
+    text, empty = eps_model.encode(PROMPTS[:2]), eps_model.encode([""])
+    weights = {key: value.requires_grad_(True) for key, value in eps_model.base_weights("cross_attention.kv").items()}
+    part, _ = denoise_to(eps_model, text, empty, SEEDS[:2], k, SAMPLER)
+    latents = denoise_on(eps_model, part, k, text, empty, SAMPLER, weights)
+    painted = next(paint(eps_model, PROMPTS[:2], SEEDS[:2], SAMPLER, batch_size=2))
+    assert ((eps_model.decode(latents.detach()) * 255).round() - painted.float()).abs().max() <= 1
+    gradient = torch.autograd.grad(latents.square().mean(), list(weights.values()))
+    assert all(g.isfinite().all() and g.any() for g in gradient)
 
 
 def test_bank_holds_the_trajectories_of_the_prompts(eps_model: TextToImage) -> None:

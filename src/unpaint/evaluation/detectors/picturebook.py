@@ -56,16 +56,22 @@ class PicturebookDetector:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Probabilities (N, labels), float32, of images (N, 3, H, W) between 0 and 1."""
-        if self._model is None:
-            self._model = self._load()
-        self._model.to(images.device)
         with torch.inference_mode():
-            logits = self._model(pixel_values=images.float() * 2 - 1).logits
+            logits = self.logits(images)
         probabilities = logits.sigmoid()
         for axis in sorted({label.split("/")[0] for label in self.labels} - {"object"}):
             own = [i for i, label in enumerate(self.labels) if label.startswith(f"{axis}/")]
             probabilities[:, own] = logits[:, own].softmax(dim=1)
         return probabilities
+
+    def logits(self, images: Tensor) -> Tensor:
+        """What the probabilities are made of, (N, labels), float32; differentiable in the images."""
+        if self._model is None:
+            # Ordinary tensors, whoever asks first: inference tensors cannot take part in a gradient later.
+            with torch.inference_mode(False):
+                self._model = self._load()
+        self._model.to(images.device)
+        return self._model(pixel_values=images.float() * 2 - 1).logits
 
     def _load(self) -> Any:
         from transformers import AutoModelForImageClassification
