@@ -20,7 +20,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from unpaint.concepts import AnyConcept
+from unpaint.concepts import AnyConcept, Concept
 from unpaint.config import edit_id, identity, instantiate, run_folder, run_id
 from unpaint.edit_header import read_header
 from unpaint.errors import UserError, environment_fault
@@ -299,7 +299,7 @@ def _cost_of_all(costs: list[dict[str, Any]], edit: Any) -> dict[str, Any]:
 
 
 def _made(
-    this: Run, model: Any, concept: Concept, beside: tuple[Concept, ...] = (), start: Any = None
+    this: Run, model: Any, concept: AnyConcept, beside: tuple[Concept, ...] = (), start: Any = None
 ) -> tuple[Any, dict[str, Any]]:
     """Runs the method once: the edit and its cost. `start` is the edit that it goes on from."""
     from unpaint.training.erasing import Erasing, Probe, SaveState, ShowProgress

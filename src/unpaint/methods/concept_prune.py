@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from unpaint.concepts import Concept
+from unpaint.concepts import AnyConcept, Concept
 from unpaint.edit import Edit
 from unpaint.errors import UserError, nearest
-from unpaint.methods.base import Job
+from unpaint.methods.base import Job, checked_mode
 from unpaint.sampling import Sampler, denoise_to, seed_of
 
 CHOICES = {
@@ -78,6 +78,7 @@ class ConceptPrune:
         sampling_guidance: float,
         steps: int,
         batch_size: int,
+        mode: str,
     ) -> None:
         for option, value in (("base", base), ("halves", halves), ("fill", fill)):
             known = CHOICES[option]
@@ -94,6 +95,7 @@ class ConceptPrune:
         if steps < 1 or batch_size < 1:
             raise UserError("method.steps and method.batch_size must be at least 1")
         self.name = name
+        self.mode = checked_mode(name, mode, ("joint", "composed"))
         self.ratio = ratio
         self.tau = tau
         self.select_ratio = select_ratio
@@ -107,7 +109,7 @@ class ConceptPrune:
         self.batch_size = batch_size
         self.own: Sums | None = None
 
-    def check(self, concept: Concept) -> None:
+    def check(self, concept: AnyConcept) -> None:
         """Every kind of concept will do: all it takes is a prompt with it and one without."""
         if self.base == "retained" and not concept.retained:
             raise UserError(f"method.base=retained: '{concept.name}' has nothing to retain; use anchor or context")

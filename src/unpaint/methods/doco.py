@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Adam, AdamW, Optimizer
 
-from unpaint.concepts import Concept
+from unpaint.concepts import AnyConcept
 from unpaint.edit import Edit
 from unpaint.errors import UserError, nearest
-from unpaint.methods.base import Job
+from unpaint.methods.base import Job, checked_mode
 from unpaint.model import GROUPS
 from unpaint.sampling import Noised, Paintings, Sampler, seed_of
 
@@ -79,6 +79,7 @@ class DoCo:
         lr: float,
         weight_decay: float,
         batch_size: int,
+        mode: str,
     ) -> None:
         given = {
             "variant": variant,
@@ -104,6 +105,7 @@ class DoCo:
         if min(weight_decay, surgery_strength, prior_weight) < 0:
             raise UserError("method.weight_decay, method.surgery_strength and method.prior_weight are not below 0")
         self.name = name
+        self.mode = checked_mode(name, mode)
         self.group = variant
         self.surgery = surgery
         self.surgery_strength = surgery_strength
@@ -124,7 +126,7 @@ class DoCo:
         self.weight_decay = weight_decay
         self.batch_size = batch_size
 
-    def check(self, concept: Concept) -> None:
+    def check(self, concept: AnyConcept) -> None:
         if concept.kind != "individual":
             raise UserError(f"method={self.name} erases individual concepts; '{concept.name}' is a {concept.kind}")
         if self.prior_prompts == "retain" and not concept.retained:

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from torch import Tensor
 from torch.optim import Optimizer
 
-from unpaint.concepts import Concept
+from unpaint.concepts import AnyConcept
 from unpaint.edit import Edit
-from unpaint.methods.base import Job
+from unpaint.methods.base import Job, checked_mode
 
 
 class NoErasing:
@@ -17,10 +17,11 @@ class NoErasing:
     steps = 0
     own = None
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, mode: str) -> None:
         self.name = name
+        self.mode = checked_mode(name, mode)
 
-    def check(self, concept: Concept) -> None:
+    def check(self, concept: AnyConcept) -> None:
         """Any concept can be left alone."""
 
     def begin(self, job: Job) -> None:

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from unpaint.concepts import Concept
+from unpaint.concepts import AnyConcept
 from unpaint.edit import Edit
 from unpaint.errors import UserError
-from unpaint.methods.base import Job
+from unpaint.methods.base import Job, checked_mode
 from unpaint.sampling import seed_of
 
 
@@ -21,13 +21,14 @@ class RandomPrune:
     steps = 1
     own = None
 
-    def __init__(self, name: str, share: float) -> None:
+    def __init__(self, name: str, share: float, mode: str) -> None:
         if not 0 < share <= 1:
             raise UserError(f"method.share is above 0 and at most 1, not {share:g}")
         self.name = name
+        self.mode = checked_mode(name, mode, ("joint",))
         self.share = share
 
-    def check(self, concept: Concept) -> None:
+    def check(self, concept: AnyConcept) -> None:
         """The concept plays no part."""
 
     def begin(self, job: Job) -> None:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Adam, Optimizer
 
-from unpaint.concepts import Concept
+from unpaint.concepts import AnyConcept
 from unpaint.edit import Edit
 from unpaint.errors import UserError, nearest
-from unpaint.methods.base import Job
+from unpaint.methods.base import Job, checked_mode
 from unpaint.model import GROUPS
 from unpaint.sampling import Noised, Paintings, Sampler
 
@@ -66,6 +66,7 @@ class SalUn:
         steps: int,
         lr: float,
         batch_size: int,
+        mode: str,
     ) -> None:
         for option, value in (("group", group), ("prompts", prompts), ("target", target)):
             if value not in CHOICES[option]:
@@ -81,6 +82,7 @@ class SalUn:
         if lr <= 0 or alpha < 0 or mask_guidance < 0:
             raise UserError("method.lr must be above 0, method.alpha and method.mask_guidance not below it")
         self.name = name
+        self.mode = checked_mode(name, mode)
         self.group = group
         self.asked = prompts
         self.share = share
@@ -95,7 +97,7 @@ class SalUn:
         self.lr = lr
         self.batch_size = batch_size
 
-    def check(self, concept: Concept) -> None:
+    def check(self, concept: AnyConcept) -> None:
         if not concept.retain_prompts():
             raise UserError(f"method=salun trains on what must stay, and '{concept.name}' names nothing that must")
 

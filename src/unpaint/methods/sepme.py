@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from unpaint.concepts import Concept
+from unpaint.concepts import AnyConcept, Concept
 from unpaint.edit import Edit
 from unpaint.errors import UserError, nearest
-from unpaint.methods.base import Job
+from unpaint.methods.base import Job, checked_mode
 from unpaint.sampling import Paintings, Sampler
 
 GROUPS = {"separable": "cross_attention.kv", "direct": "cross_attention"}
@@ -103,6 +103,7 @@ class SepME:
         steps: int,
         lr: float,
         batch_size: int,
+        mode: str,
     ) -> None:
         for option, value, known in (
             ("variant", variant, tuple(GROUPS)),
@@ -126,6 +127,7 @@ class SepME:
             if not 0 <= share < 1:
                 raise UserError(f"method.{option} is at least 0 and below 1, not {share}")
         self.name = name
+        self.mode = checked_mode(name, mode)
         self.separable = variant == "separable"
         self.group = GROUPS[variant]
         self.decouple = decouple
@@ -147,7 +149,7 @@ class SepME:
         self.lr = lr
         self.batch_size = batch_size
 
-    def check(self, concept: Concept) -> None:
+    def check(self, concept: AnyConcept) -> None:
         if concept.kind != "individual":
             raise UserError(f"method=sepme erases individual concepts; '{concept.name}' is a {concept.kind}")
 

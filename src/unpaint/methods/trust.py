@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from torch.optim import Adam, Optimizer
 
 from unpaint.aligners import Aligner
-from unpaint.concepts import Concept
+from unpaint.concepts import AnyConcept
 from unpaint.curvature import Scalar, Tensors, gradient, gradient_and_curvature
 from unpaint.edit import Edit
 from unpaint.errors import UserError, nearest
-from unpaint.methods.base import Job
+from unpaint.methods.base import Job, checked_mode
 from unpaint.saliency import ConceptNeurons
 from unpaint.sampling import Bank, Noised, Paintings, Sampler, denoise_on, denoise_to, seed_of
 
@@ -104,6 +104,7 @@ class TRUST:
         steps: int,
         lr: float,
         batch_size: int,
+        mode: str,
     ) -> None:
         chosen = {
             "objective": objective,
@@ -139,6 +140,7 @@ class TRUST:
         if objective != "zero" and previous == "none" and beta == 0:
             raise UserError("method.previous=none and method.beta=0 leave nothing to learn; give one of them")
         self.name = name
+        self.mode = checked_mode(name, mode)
         self.aligner = aligner
         self.objective = objective
         self.beta = beta
@@ -170,7 +172,7 @@ class TRUST:
         self.batch_size = batch_size
         self.own: nn.Module | None = None
 
-    def check(self, concept: Concept) -> None:
+    def check(self, concept: AnyConcept) -> None:
         """Every kind of concept: only the prompts differ."""
 
     def begin(self, job: Job) -> None:

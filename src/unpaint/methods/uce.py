@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from unpaint.concepts import Concept
+from unpaint.concepts import AnyConcept
 from unpaint.edit import Edit
 from unpaint.errors import UserError, nearest
-from unpaint.methods.base import Job
+from unpaint.methods.base import Job, checked_mode
 
 CHOICES = {"tokens": ("last_subject", "span"), "prompts": ("concept", "all"), "guide": ("anchor", "empty")}
 
@@ -42,7 +42,15 @@ class UCE:
     own = None
 
     def __init__(
-        self, name: str, tokens: str, prompts: str, guide: str, erase_scale: float, preserve_scale: float, lamb: float
+        self,
+        name: str,
+        tokens: str,
+        prompts: str,
+        guide: str,
+        erase_scale: float,
+        preserve_scale: float,
+        lamb: float,
+        mode: str,
     ) -> None:
         for option, value in (("tokens", tokens), ("prompts", prompts), ("guide", guide)):
             if value not in CHOICES[option]:
@@ -51,6 +59,7 @@ class UCE:
         if erase_scale <= 0 or lamb <= 0 or preserve_scale < 0:
             raise UserError("method.erase_scale and method.lamb must be above 0, method.preserve_scale not below it")
         self.name = name
+        self.mode = checked_mode(name, mode)
         self.tokens = tokens
         self.asked = prompts
         self.guide = guide
@@ -58,7 +67,7 @@ class UCE:
         self.preserve_scale = preserve_scale
         self.lamb = lamb
 
-    def check(self, concept: Concept) -> None:
+    def check(self, concept: AnyConcept) -> None:
         """Any concept that has prompts and anchor prompts will do."""
 
     def begin(self, job: Job) -> None:
