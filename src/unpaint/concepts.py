@@ -122,12 +122,12 @@ class Asked(NamedTuple):
 
 
 class List(NamedTuple):
-    """One list of prompts: its part and group, the first `count` of `asked`, and which setting says how many."""
+    """One list of prompts: its part and group, the first `pictures` of `asked`, and which setting says how many."""
 
     part: str
     group: str
     asked: list[Asked]
-    count: int
+    pictures: int
     setting: str
 
 
@@ -336,7 +336,7 @@ def _lists(concept: AnyConcept, times: int) -> list[List]:
         found.append(List(RETAIN, label, kept, evaluation.per_label, "per_label"))
     for member in members:
         found += _of_cells(member, members)
-    found = [entry._replace(count=times * entry.count) for entry in found]
+    found = [entry._replace(pictures=times * entry.pictures) for entry in found]
     return [*found, *_of_compositions(concept, times)]
 
 
@@ -431,7 +431,7 @@ def _seeded(lists: Sequence[List], seed: int) -> list[Case]:
 
 def _retaining(member: Concept, avoid: Sequence[Concept]) -> list[str]:
     """The member's templates with what must stay, without what asks for one of the concepts to avoid."""
-    labelled = [((label,), words) for label, words in member.retained.items()]
+    labelled: list[tuple[tuple[str, ...], str]] = [((label,), words) for label, words in member.retained.items()]
     labelled += [(labels, words) for cell in member.evaluation.cells.values() for words, labels in cell.items()]
     found: dict[str, None] = {}
     for template in sorted(member.templates, key=lambda template: len(slots_of(template))):

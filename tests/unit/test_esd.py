@@ -96,3 +96,26 @@ def test_bad_options_are_refused(option: str, said: str) -> None:
     arguments: Any = compose([f"method.{option}"]).method
     with pytest.raises(UserError, match=said):
         instantiate(arguments)
+
+
+def test_in_a_set_each_prompt_loses_its_own_member(begun: Begun) -> None:
+    method, losses = begun("concept=pets", "method.latents=fresh")
+    assert method.bare["a kitten in neon style"] == "a cat"
+    assert method.bare["a puppy in neon style"] == "a dog"
+    batch = a_batch(method, ["a cat", "a dog"])
+    model = method.job.model
+    with torch.no_grad():
+        bare, empty = (model.predict(batch.latents, batch.t, model.encode(p)) for p in (["a cat", "a dog"], [""] * 2))
+        expected = (2.0 * (bare - empty)).square().mean()
+    method.step(batch)
+    torch.testing.assert_close(losses[0], expected, rtol=1e-4, atol=1e-7)
+    method, _ = begun("concept=pets", "method.latents=fresh", "method.prompts=concept")
+    assert sorted(method.prompts) == ["a bird", "a cat", "a dog", "a fish"]
+
+
+def test_erase_from_takes_one_concept() -> None:
+    from unpaint.errors import UserError
+
+    cfg = compose(["concept=pets", "method.erase_from=a cat"])
+    with pytest.raises(UserError, match="'pets' is a set"):
+        instantiate(cfg.method).check(instantiate(cfg.concept))

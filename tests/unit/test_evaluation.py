@@ -283,7 +283,7 @@ def test_the_prompt_without_the_concept_is_painted_by_the_unedited_model_only(
 
     def cosines(key: str, shown: list[Any]) -> Any:
         seen = [store.pictures(key, batch) for batch in shown]
-        return torch.cat([reader.read(p, n.prompts) for p, n in zip(seen, neutral, strict=True)])
+        return torch.cat([reader.read(p, n.prompts) for p, n in zip(seen, neutral, strict=True) if p is not None])
 
     reference, own, before = cosines("base", neutral), cosines("edited", answered), cosines("base", answered)
     assert scores["s"]["value"] == pytest.approx(own.mean().item(), abs=1e-5)
@@ -326,12 +326,8 @@ def test_nan_is_refused_and_not_counted_as_gone(
         def __call__(self, images: torch.Tensor) -> torch.Tensor:
             return torch.full((len(images), len(self.labels)), float("nan"))
 
-    judged = Evaluator(
-        {"ua": evaluator.metrics[0]},
-        Broken(str(evaluator.detector.folder)),
-        evaluator.sampler,
-        batch_size=4,  # type: ignore[attr-defined]
-    )
+    folder = str(evaluator.detector.folder)  # type: ignore[attr-defined]
+    judged = Evaluator({"ua": evaluator.metrics[0]}, Broken(folder), evaluator.sampler, batch_size=4)
     with pytest.raises(UserError, match="answers with NaN"):
         judged.read(store, "k", plan[0])
 
