@@ -250,11 +250,11 @@ def test_a_set_is_pruned_of_what_any_member_is_pruned_of(base: str, begun: Begun
     together, _ = begun(*SMALL, *options, "method.batch_size=4")
     retained = {"object/bird": "a bird"}
     for method in alone:
-        concept = method.job.concept
+        (concept,) = method.job.concept.members
         only = replace(concept, evaluation=replace(concept.evaluation, in_domain=retained), neighbours=())
         object.__setattr__(method.job, "concept", only)
         method.begin(method.job)
-    members = tuple(method.job.concept for method in alone)
+    members = tuple(method.job.concept.members[0] for method in alone)
     object.__setattr__(together.job, "concept", Several("both", members, retained))
     together.begin(together.job)
     for method in (*alone, together):

@@ -125,7 +125,7 @@ class ConceptPrune:
         self.widths = [weight.shape[1] for weight in job.weights.values()]
         if int(self.ratio * max(self.widths)) < 1:
             raise UserError(f"method.ratio={self.ratio} prunes nothing: a row has {max(self.widths)} inputs at most")
-        self.pairs = [self._pairs(member) for member in _members(job.concept)]
+        self.pairs = [self._pairs(member) for member in job.concept.members]
         self.own = Sums(len(self.pairs), self.tau, sum(self.widths))
 
     def _pairs(self, member: Concept) -> list[tuple[str, tuple[str, ...]]]:
@@ -206,11 +206,6 @@ class ConceptPrune:
             for i, (key, mask) in enumerate(masks.items()):
                 job.weights[key].copy_(filled(job.weights[key], mask, self.fill, seed_of("tune", job.seed, 0, i)))
         return Edit.from_change(pipe, job.base, method=self.name, concept=concept, config=config)
-
-
-def _members(concept: Concept) -> tuple[Concept, ...]:
-    """The concepts of a set, or the one."""
-    return tuple(getattr(concept, "members", (concept,)))
 
 
 def prunable(weight: Tensor, target: Tensor, base: Tensor, ratio: float, select_ratio: float, margin: float) -> Tensor:

@@ -5,7 +5,7 @@ The model is trained to answer a prompt for the concept with what the frozen mod
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,23 +27,12 @@ GROUPS = {
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """A prompt to unlearn, the same with the anchor's words, the concept's bare prompt, and the prompt that latents are
-    painted for."""
-
-    prompt: str
-    anchor: str
-    bare: str
-    painted: str
-
-
-@dataclass(frozen=True)
 class Batch:
-    """Latents x_t (B, C, h, w) on the way to a picture, their t (B,), and what is learned on each."""
+    """Latents x_t (B, C, h, w) on the way to a picture of the concept, their t (B,), and the prompt of each."""
 
     latents: Tensor
     t: Tensor
-    lessons: list[Lesson]
+    prompts: list[str]
 
 
 class ESD:
@@ -66,12 +55,10 @@ class ESD:
         erase_from: str | None,
         negative_guidance: float,
         latents: str,
-        trajectories: str,
         bank_size: int,
         sampling_steps: int,
         sampling_guidance: float,
         noise_bias: float,
-        weighting: str,
         steps: int,
         lr: float,
         batch_size: int,
@@ -83,12 +70,6 @@ class ESD:
             raise UserError(f"method.latents is bank or fresh, not '{latents}'{nearest(latents, ('bank', 'fresh'))}")
         if prompts not in ("all", "concept"):
             raise UserError(f"method.prompts is all or concept, not '{prompts}'{nearest(prompts, ('all', 'concept'))}")
-        if trajectories not in ("concept", "both"):
-            hint = nearest(trajectories, ("concept", "both"))
-            raise UserError(f"method.trajectories is concept or both, not '{trajectories}'{hint}")
-        if weighting not in ("squared", "relative"):
-            hint = nearest(weighting, ("squared", "relative"))
-            raise UserError(f"method.weighting is squared or relative, not '{weighting}'{hint}")
         if steps < 1 or batch_size < 1 or bank_size < 1:
             raise UserError("method.steps, method.batch_size and method.bank_size must be at least 1")
         if lr <= 0 or negative_guidance < 0:
@@ -102,11 +83,9 @@ class ESD:
         self.erase_from = erase_from
         self.negative_guidance = negative_guidance
         self.latents = latents
-        self.trajectories = trajectories
         self.bank_size = bank_size
         self.sampler = Sampler(sampling_steps, sampling_guidance)
         self.noise_bias = noise_bias
-        self.weighting = weighting
         self.steps = steps
         self.lr = lr
         self.batch_size = batch_size
@@ -119,23 +98,23 @@ class ESD:
         self.job = job
         if self.batch_size % (job.mine.step or 1):
             raise UserError(f"method.batch_size={self.batch_size} does not divide over {job.mine.step} processes")
-        every = [Lesson(*entry, painted=entry.prompt) for entry in job.concept.erasing(further=True)]
+        every = {entry.prompt: entry.bare for entry in job.concept.erasing(further=True)}
+        bare = list(dict.fromkeys(every.values()))
         if self.erase_from:
-            every = [replace(every[0], prompt=self.erase_from, painted=self.erase_from)]
+            every = {self.erase_from: bare[0]}
         elif self.asked == "concept":
-            every = [lesson for lesson in every if lesson.prompt == lesson.bare]
-        random.Random(job.seed).shuffle(every)
-        if self.trajectories == "both":
-            every = [one for lesson in every for one in (lesson, replace(lesson, painted=lesson.anchor))]
-        self.lessons = every
+            every = dict(zip(bare, bare, strict=True))
+        # Prompt -> the bare prompt of the concept that it asks for: in a set, of its member.
+        self.bare = every
+        self.prompts = list(every)
+        random.Random(job.seed).shuffle(self.prompts)
         self.bank = self._bank() if self.latents == "bank" else None
 
     def _bank(self) -> Bank:
         job = self.job
         advance = job.progress("trajectories of the unedited model", self.bank_size)
         folder = job.cache / "banks"
-        painted = [lesson.painted for lesson in self.lessons]
-        bank = Bank.build(job.model, painted, self.bank_size, self.sampler, job.seed, folder, advance)
+        bank = Bank.build(job.model, self.prompts, self.bank_size, self.sampler, job.seed, folder, advance)
         job.account(bank.saved_seconds)
         return bank
 
@@ -150,20 +129,20 @@ class ESD:
         assert self.bank is not None
         latents, t, which = self.bank.draw(self.job.seed, step, self.batch_size, self.noise_bias)
         rows = list(range(self.batch_size))[self.job.mine]
-        return Batch(latents[rows], t[rows], [self.lessons[which[row]] for row in rows])
+        return Batch(latents[rows], t[rows], [self.prompts[which[row]] for row in rows])
 
     def _fresh(self, step: int) -> Batch:
         """As the authors' current code does it: k uniform, then k guided steps of the unedited model (methods 4.2)."""
         seed, model = self.job.seed, self.job.model
         rng = torch.Generator().manual_seed(seed_of("fresh", seed, step))
         k = drawn_levels(self.sampler.steps, self.batch_size, rng, self.noise_bias)
-        which = torch.randint(len(self.lessons), (self.batch_size,), generator=rng)
+        which = torch.randint(len(self.prompts), (self.batch_size,), generator=rng)
         rows = list(range(self.batch_size))[self.job.mine]
-        lessons = [self.lessons[which[row]] for row in rows]
+        prompts = [self.prompts[which[row]] for row in rows]
         seeds = [seed_of("fresh", seed, step, row) for row in rows]
-        text, empty = model.encode([lesson.painted for lesson in lessons]), model.encode([""])
+        text, empty = model.encode(prompts), model.encode([""])
         latents, t = denoise_to(model, text, empty, seeds, k[rows], self.sampler, weights=self.job.base)
-        return Batch(latents, t, lessons)
+        return Batch(latents, t, prompts)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """Eq. 7 for a prompt p and the bare concept c: eps(x, p) becomes eps0(x, p) - (1 + eta)(eps0(x, c) - eps0(x)).
@@ -172,17 +151,14 @@ class ESD:
         the concept, out of it. It is what the authors' current code does with their eta = 1 + eta.
         """
         model, n = self.job.model, len(batch.t)
-        text = model.encode([lesson.prompt for lesson in batch.lessons])
-        bare = model.encode([lesson.bare for lesson in batch.lessons])
+        text = model.encode(batch.prompts)
+        bare = model.encode([self.bare[prompt] for prompt in batch.prompts])
         asked = torch.cat([text, bare, model.encode([""] * n)])
         with torch.no_grad():
             x, t = batch.latents.repeat(3, 1, 1, 1), batch.t.repeat(3)
             whole, concept, nothing = model.predict(x, t, asked, weights=self.job.base).chunk(3)
             goal = whole - (1 + self.negative_guidance) * (concept - nothing)
-        errors = (model.predict(batch.latents, batch.t, text) - goal).square().mean(dim=(1, 2, 3))
-        if self.weighting == "relative":
-            errors = errors / (goal - whole).square().mean(dim=(1, 2, 3)).clamp(min=1e-8)
-        loss = errors.mean()
+        loss = F.mse_loss(model.predict(batch.latents, batch.t, text), goal)
         self.job.update(loss)
         return {"loss": loss.detach()}
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from unpaint.concepts import AnyConcept, Concept
+from unpaint.concepts import AnyConcept
 from unpaint.edit import Edit
 from unpaint.errors import UserError, nearest
 from unpaint.methods.base import Job, checked_mode
@@ -198,9 +198,10 @@ class SepME:
     def fixed_prompts(self) -> list[str]:
         """The prompts whose keys and values must not move at all, the blank one first."""
         concept, beside = self.job.concept, self.job.beside
+        others = [other.prompts() for other in beside]
         if not beside and self.neighbours:
-            beside = tuple(_of_label(concept, label) for label in concept.neighbours)
-        heads = [prompt for other in beside for prompt in self._without_target(other.prompts())[: self.decouple]]
+            others = [_prompts_of(concept, label) for label in concept.neighbours]
+        heads = [prompt for prompts in others for prompt in self._without_target(prompts)[: self.decouple]]
         return list(dict.fromkeys(["", *heads]))
 
     def protected_prompts(self) -> list[str]:
@@ -209,13 +210,13 @@ class SepME:
         if self.protect == "none":
             return []
         labels = concept.neighbours if self.protect == "neighbours" else concept.retained
-        others = [_of_label(concept, label) for label in labels] + list(self.job.beside)
-        prompts = [prompt for other in others for prompt in self._without_target(other.prompts())]
-        return list(dict.fromkeys(prompts))
+        others = [_prompts_of(concept, label) for label in labels] + [other.prompts() for other in self.job.beside]
+        return list(dict.fromkeys(prompt for prompts in others for prompt in self._without_target(prompts)))
 
     def _without_target(self, prompts: Sequence[str]) -> list[str]:
         """A style's prompts name objects: one that is to be erased is not to be held."""
-        target = re.compile(rf"\b{re.escape(self.job.concept.target)}\b")
+        words = "|".join(re.escape(member.target) for member in self.job.concept.members)
+        target = re.compile(rf"\b({words})\b")
         return [prompt for prompt in prompts if not target.search(prompt)]
 
     def optimizers(self) -> list[Optimizer]:
@@ -316,7 +317,7 @@ def stillest(basis: Tensor, rows: Tensor, count: int) -> Tensor:
     return right[len(right) - count :] @ basis
 
 
-def _of_label(concept: Concept, label: str) -> Concept:
-    """A retained label of a concept as a concept of its own, with the same templates."""
-    words = concept.retained[label]
-    return replace(concept, name=label, label=label, target=words, anchor=concept.target, neighbours=(), erase=())
+def _prompts_of(concept: AnyConcept, label: str) -> list[str]:
+    """A retained label's prompts, by the templates of the target that it is retained beside."""
+    member = next(member for member in concept.members if label in member.retained)
+    return replace(member, anchor=member.retained[label]).anchor_prompts()
