@@ -1,0 +1,117 @@
+"""A concept set, erased jointly, in sequence and as an edit a member."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from unpaint.config import compose, conf_dir
+from unpaint.edit import Edit
+from unpaint.errors import UserError
+from unpaint.methods.base import MODES, checked_mode
+from unpaint.model import load_model
+from unpaint.run import erase
+
+METHODS = sorted(file.stem for file in (conf_dir() / "method").glob("*.yaml"))
+SHORT = {"steps": 2, "sampling_steps": 4, "bank_size": 4, "batch_size": 4}
+
+
+def made(method: str, mode: str, folder: Path, outputs: Path, *more: str) -> Path:
+    own = compose([f"method={method}"]).method
+    short = [f"method.{key}={value}" for key, value in SHORT.items() if key in own]
+    options = ["concept=pets", "model=sd15", f"model.path={folder}", "trainer=cpu", "logger=csv", "probes=0"]
+    return erase(compose([f"method={method}", f"method.mode={mode}", *options, *short, f"outputs={outputs}", *more]))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("method", ["esd", "uce"])
+def test_every_mode_gives_an_edit_of_the_unedited_model(
+    method: str, mode: str, tiny_pipeline_folder: Path, tmp_path: Path
+) -> None:
+    file = made(method, mode, tiny_pipeline_folder, tmp_path)
+    edit = Edit.load(file)
+    model = load_model({"name": "tiny", "path": str(tiny_pipeline_folder)})
+    edit.apply(model.pipe)
+    edit.remove(model.pipe)
+    assert edit.changed_parameters > 0 and edit.header.concept == "pets"
+    parts = sorted(part.stem for part in (file.parent / "edits").glob("*.safetensors"))
+    assert parts == (["bird", "cat", "dog", "fish"] if mode == "composed" else [])
+
+
+def test_a_composed_edit_does_what_its_parts_do_together_to_the_bit(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    file = made("esd", "composed", tiny_pipeline_folder, tmp_path)
+    parts = [Edit.load(part) for part in (file.parent / "edits").glob("*.safetensors")]
+    whole, added = (load_model({"name": "tiny", "path": str(tiny_pipeline_folder)}) for _ in range(2))
+    Edit.load(file).apply(whole.pipe)
+    for part in parts:
+        part.apply(added.pipe)
+    for key, weight in whole.group("all").items():
+        assert weight.equal(added.group("all")[key])
+    parts[0].remove(added.pipe)
+    assert any(not weight.equal(added.group("all")[key]) for key, weight in whole.group("all").items())
+
+
+def test_a_sequence_goes_on_from_what_came_before(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    file = made("esd", "sequential", tiny_pipeline_folder, tmp_path)
+    stages = {
+        part.stem.partition("-")[2]: Edit.load(part) for part in (tmp_path / ".cache/edits").glob("*-*.safetensors")
+    }
+    assert stages["fish"].delta.keys() == Edit.load(file).delta.keys()
+    last = Edit.load(file).delta
+    assert all(last[key].equal(stages["fish"].delta[key]) for key in last)
+    moved = [
+        sum(float(d.square().sum()) for d in stages[name].delta.values()) for name in ("cat", "dog", "bird", "fish")
+    ]
+    assert moved == sorted(moved)
+
+
+def test_killed_between_members_it_goes_on_to_the_same_edit(
+    tiny_pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from unpaint import run
+
+    whole = made("esd", "composed", tiny_pipeline_folder, tmp_path / "whole").read_bytes()
+    real, done = run._made, []
+
+    def stops(this, model, concept, *more):  # type: ignore[no-untyped-def]
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(concept.name)
+        return real(this, model, concept, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_made", stops)
+        with pytest.raises(KeyboardInterrupt):
+            made("esd", "composed", tiny_pipeline_folder, tmp_path / "killed")
+    done.clear()
+    monkeypatch.setattr(
+        run,
+        "_made",
+        lambda this, model, concept, *more: (done.append(concept.name), real(this, model, concept, *more))[1],
+    )
+    assert made("esd", "composed", tiny_pipeline_folder, tmp_path / "killed").read_bytes() == whole
+    assert len(done) == 2, "members that were finished were made again"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_mode_that_a_method_cannot_do_is_refused(method: str, tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="method.mode is"):
+        made(method, "jointly", tiny_pipeline_folder, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_method_can_do_is_named() -> None:
+    assert checked_mode("x", "joint", ("joint",)) == "joint"
+    with pytest.raises(UserError, match="method=x: method.mode is joint, sequential is not"):
+        checked_mode("x", "sequential", ("joint",))
+
+
+def test_total_keeps_zeroed_positions(tiny_pipeline_folder: Path) -> None:
+    model = load_model({"name": "tiny", "path": str(tiny_pipeline_folder)})
+    key, weight = next(iter(model.group("feed_forward.out").items()))
+    about = {"method": "m", "concept": "c", "config": {}}
+    masks = [torch.zeros(weight.shape, dtype=torch.bool) for _ in range(2)]
+    masks[0][0, :3], masks[1][0, 2:5] = True, True
+    parts = [Edit.from_zeros(model.pipe, {key: mask}, **about) for mask in masks]
+    total = Edit.total(model.pipe, parts, **about)
+    assert total.zero[key].equal(masks[0] | masks[1]) and not total.delta
