@@ -139,8 +139,10 @@ def _forget(this: Run) -> None:
         return
     (this.folder / FILE_NAME).unlink(missing_ok=True)
     if this.method is not None:
-        for file in (this.edit_file, *_cached_edit(this)):
+        parts = [file for member in this.concept.members for file in _cached_edit(this, member.name)]
+        for file in (this.edit_file, *_cached_edit(this), *parts):
             file.unlink(missing_ok=True)
+        shutil.rmtree(this.folder / "edits", ignore_errors=True)
     shutil.rmtree(this.folder / "checkpoints", ignore_errors=True)
 
 
@@ -394,6 +396,8 @@ def _evaluated(this: Run, model: Any, edit_file: Path, record: RunRecord) -> Non
     record.metrics = evaluator.score(store, edited, base, batches, model.device)
     if trainer.is_global_zero:
         evaluator.grid(store, edited, base, batches, this.concept, _grid(this))
+        parts = {file.stem: Edit.load(file) for file in sorted((this.folder / "edits").glob("*.safetensors"))}
+        record.metrics |= evaluator.restored(model, edit, parts, this.concept, int(cfg.seed))
     record.cost["evaluate_seconds"] = round(time.perf_counter() - started, 3)
     for key, value in (
         ("changed_parameters", edit.changed_parameters),

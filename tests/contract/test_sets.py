@@ -95,14 +95,14 @@ def test_killed_between_members_it_goes_on_to_the_same_edit(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_mode_that_a_method_cannot_do_is_refused(method: str, tiny_pipeline_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="method.mode is"):
+    with pytest.raises(UserError, match=r"method\.mode is"):
         made(method, "jointly", tiny_pipeline_folder, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_what_a_method_can_do_is_named() -> None:
     assert checked_mode("x", "joint", ("joint",)) == "joint"
-    with pytest.raises(UserError, match="method=x: method.mode is joint, sequential is not"):
+    with pytest.raises(UserError, match=r"method=x: method\.mode is joint, sequential is not"):
         checked_mode("x", "sequential", ("joint",))
 
 

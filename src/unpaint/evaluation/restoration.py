@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from unpaint.concepts import TARGET, Case, Concept
+from unpaint.concepts import TARGET, AnyConcept, Case
 from unpaint.edit import Edit
 from unpaint.errors import UserError
 from unpaint.evaluation.detectors import shows
@@ -54,7 +54,7 @@ class Relearning:
 def relearn(
     model: TextToImage,
     edit: Edit,
-    concept: Concept,
+    concept: AnyConcept,
     evaluator: Evaluator,
     seed: int,
     options: Relearning,
@@ -167,7 +167,7 @@ def _trainable(model: TextToImage) -> Iterator[list[nn.Parameter]]:
 def subsets(
     model: TextToImage,
     edits: Mapping[str, Edit],
-    concepts: Mapping[str, Concept],
+    concepts: Mapping[str, AnyConcept],
     evaluator: Evaluator,
     seed: int,
     pictures: int = 32,
@@ -232,7 +232,7 @@ def _applied(model: TextToImage, edits: Sequence[Edit]) -> Iterator[None]:
 # --- both -----------------------------------------------------------------------------------------------------------
 
 
-def _questions(concept: Concept, seed: int, pictures: int) -> tuple[list[Case], list[int]]:
+def _questions(concept: AnyConcept, seed: int, pictures: int) -> tuple[list[Case], list[int]]:
     """The first cases that ask for the concept, from the start again if there are too few, and their seeds."""
     from unpaint.sampling import seed_of
 

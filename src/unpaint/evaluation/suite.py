@@ -23,8 +23,11 @@ from unpaint.evaluation.metrics import Metric, PairReader, ReferenceMetric, aske
 from unpaint.evaluation.metrics.rates import shown
 from unpaint.evaluation.pictures import Batch, PictureStore, batches_of, neutral
 from unpaint.evaluation.prompt_lists import cases_of, prompts_from_csv
+from unpaint.progress import bar
 
 if TYPE_CHECKING:
+    from unpaint.edit import Edit
+    from unpaint.evaluation.restoration import Relearning
     from unpaint.model import TextToImage
     from unpaint.sampling import Sampler
 
@@ -48,7 +51,8 @@ class Evaluator:
 
     metrics: any name -> Metric; the order is the record's. prompts_csv: a file of prompts that ask for the concept,
     see `prompt_lists`; prompts_part: the part that they belong to, `static` or `out_of_set`. times: how many times as
-    many pictures as the concept says, as far as it has different prompts.
+    many pictures as the concept says, as far as it has different prompts. relearning: how to try whether what was
+    erased can be brought back, None to leave that out; see `restoration`.
     Raises UserError on two metrics of one name.
     """
 
@@ -61,6 +65,7 @@ class Evaluator:
         prompts_csv: str | None = None,
         prompts_part: str = STATIC,
         times: int = 1,
+        relearning: Relearning | None = None,
     ) -> None:
         self.metrics = list(metrics.values())
         self.detector = detector
@@ -69,6 +74,7 @@ class Evaluator:
         self.prompts_csv = prompts_csv
         self.prompts_part = prompts_part
         self.times = times
+        self.relearning = relearning
         names = [metric.name for metric in self.metrics]
         if not names:
             raise UserError("the evaluator has no metrics; give it one, e.g. +metric@evaluator.metrics.ua=ua")
@@ -249,6 +255,24 @@ class Evaluator:
             return metric.part(batch.cases, reading, self.detector)
 
         return _FromDisk(batches, part)
+
+    def restored(
+        self, model: TextToImage, edit: Edit, parts: Mapping[str, Edit], concept: AnyConcept, seed: int
+    ) -> dict[str, dict[str, Any]]:
+        """How easily what was erased comes back, if `relearning` says so: by fine-tuning, and for a concept set with an
+        edit a member (`parts`) by taking edits out. `model` is unedited when it comes in and goes out."""
+        from unpaint.evaluation.restoration import relearn, subsets
+
+        if self.relearning is None:
+            return {}
+        advance = bar("relearning", self.relearning.steps)
+        found = {"restoration/relearning": relearn(model, edit, concept, self, seed, self.relearning, progress=advance)}
+        if parts:
+            members = {member.name: member for member in concept.members}
+            count = self.relearning.judged
+            advance = bar("edits put on and taken off", count * len(parts) * (2 * len(parts) + 2))
+            found["restoration/subsets"] = subsets(model, parts, members, self, seed, count, progress=advance)
+        return found
 
     def unlearning_accuracy(self, model: TextToImage, concept: AnyConcept, seed: int, pictures: int = 64) -> float:
         """A quick look at the model as it is now: UA over the first target prompts, with seeds that no report uses."""
