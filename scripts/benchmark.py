@@ -94,7 +94,7 @@ def latents(concept: str = "cat") -> dict[str, object]:
     seconds = {}
     for way in ("bank", "fresh"):
         with tempfile.TemporaryDirectory() as folder:
-            options = [f"concept={concept}", f"method.latents={way}", "method.sampling_steps=50", "probes=0"]
+            options = [f"concept={concept}", f"method.latents={way}", "method.trajectories=concept", "probes=0"]
             record = run(compose([*options, "logger=none", f"outputs={folder}"]))
         seconds[way] = record.cost["erase_seconds"]
         out[f"{way}: erase seconds"] = seconds[way]

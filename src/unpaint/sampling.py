@@ -79,10 +79,19 @@ class Sampler:
         return _DDIM(model, self).timesteps
 
 
-class _DDIM:
-    """One run's scheduler: diffusers' DDIM on the grid of `sampler`, guided."""
+@dataclass(frozen=True)
+class Away:
+    """Steering away from something while painting: the prediction for prompt i loses `scale` times the direction of
+    `prompts[i]`, which is its prediction less that for no prompt."""
 
-    def __init__(self, model: TextToImage, sampler: Sampler) -> None:
+    prompts: tuple[str, ...]
+    scale: float
+
+
+class _DDIM:
+    """One run's scheduler: diffusers' DDIM on the grid of `sampler`, guided, and steered away if `away` is not 0."""
+
+    def __init__(self, model: TextToImage, sampler: Sampler, away: float = 0.0) -> None:
         from diffusers import DDIMScheduler
 
         self.scheduler = DDIMScheduler.from_config(model.scheduler_config)
@@ -94,9 +103,13 @@ class _DDIM:
         self.timesteps: Tensor = self.scheduler.timesteps.to(model.device)
         self.model = model
         self.sampler = sampler
+        self.away = away
 
-    def condition(self, text: Tensor, unconditional: Tensor) -> Tensor:
-        """What the UNet attends to: (2B, L, D), unconditional first, or the text alone without guidance."""
+    def condition(self, text: Tensor, unconditional: Tensor, away: Tensor | None = None) -> Tensor:
+        """What the UNet attends to: (2B, L, D), unconditional first, or the text alone without guidance. What is
+        steered away from, (B, L, D), comes last."""
+        if away is not None:
+            return torch.cat([unconditional.expand_as(text), text, away])
         if self.sampler.guidance == 1:
             return text
         return torch.cat([unconditional.expand_as(text), text])
@@ -111,7 +124,11 @@ class _DDIM:
     ) -> Tensor:
         """Latents (B, C, h, w) at step i -> at step i + 1. The scheduler takes the UNet's own output, epsilon or v."""
         guidance = self.sampler.guidance
-        if guidance == 1:
+        if self.away:
+            every = self.model.output(torch.cat([latents] * 3), self.timesteps[i], condition, weights)
+            without, with_text, there = every.chunk(3)
+            output = without + guidance * (with_text - self.away * (there - without) - without)
+        elif guidance == 1:
             output = self.model.output(latents, self.timesteps[i], condition, weights)
         else:
             both = self.model.output(torch.cat([latents, latents]), self.timesteps[i], condition, weights)
@@ -277,13 +294,15 @@ class Bank:
         folder: Path | None = None,
         progress: Progress | None = None,
         batch_size: int = 16,
+        away: Away | None = None,
     ) -> Bank:
-        """Paint `size` trajectories of the model as it is now (build before training), or take them from `folder`.
+        """Paint `size` trajectories of the model as it is now (build before training), or take them from `folder`. With
+        `away`, on the ways of a model that had unlearned something.
 
         The file's name is a hash of all that goes into it; a damaged file is replaced. `progress` is called with the
         number of trajectories each batch brought; with `size` at once if they were there.
         """
-        latents, saved = _stored(model, prompts, size, sampler, seed, folder, progress, batch_size, sampler.steps)
+        latents, saved = _stored(model, prompts, size, sampler, seed, folder, progress, batch_size, sampler.steps, away)
         return cls(latents, sampler.timesteps(model).cpu(), tuple(prompts), model.device, model.dtype, saved)
 
     def draw(self, seed: int, step: int, n: int, bias: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -369,11 +388,12 @@ def _stored(
     progress: Progress | None,
     batch_size: int,
     states: int | None,
+    away: Away | None = None,
 ) -> tuple[Tensor, float]:
     """What `_paint_bank` paints and 0, or the same from `folder` and the seconds that it took then."""
     if not prompts or size < 1:
         raise UserError(f"a bank of latents needs a prompt and a size of at least 1, not {len(prompts)} and {size}")
-    key = _bank_key(model, prompts, size, sampler, seed, batch_size)
+    key = _bank_key(model, prompts, size, sampler, seed, batch_size, away)
     path = folder / f"{'paintings' if states is None else 'bank'}-{key}.safetensors" if folder else None
     shape = (size, *model.latent_shape) if states is None else (size, states, *model.latent_shape)
     stored = read_tensor(path) if path else None
@@ -382,14 +402,20 @@ def _stored(
             progress(size)
         return stored[0], float(stored[1]["seconds"])
     started = time.perf_counter()
-    latents = _paint_bank(model, prompts, shape, sampler, seed, progress, batch_size, states)
+    latents = _paint_bank(model, prompts, shape, sampler, seed, progress, batch_size, states, away)
     if path:
         write_tensor(path, latents, {"seconds": f"{time.perf_counter() - started:.3f}"})
     return latents, 0.0
 
 
 def _bank_key(
-    model: TextToImage, prompts: Sequence[str], size: int, sampler: Sampler, seed: int, batch_size: int
+    model: TextToImage,
+    prompts: Sequence[str],
+    size: int,
+    sampler: Sampler,
+    seed: int,
+    batch_size: int,
+    away: Away | None,
 ) -> str:
     # Device and dtype count: a bank painted on a GPU must not change what the same command writes on a CPU.
     scheduler = {key: str(value) for key, value in model.scheduler_config.items() if not key.startswith("_")}
@@ -401,6 +427,7 @@ def _bank_key(
         "sampler": asdict(sampler),
         "seed": seed,
         "batch_size": batch_size,
+        "away": asdict(away) if away else None,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -415,16 +442,19 @@ def _paint_bank(
     progress: Progress | None,
     batch_size: int,
     states: int | None,
+    away: Away | None,
 ) -> Tensor:
     """The first `states` states of every trajectory, or (None) the finished pictures."""
-    run = _DDIM(model, sampler)
+    run = _DDIM(model, sampler, away.scale if away else 0.0)
     size = shape[0]
     bank = torch.empty(shape, dtype=torch.float16)
     unconditional = model.encode([""])
     for first in range(0, size, batch_size):
         count = min(batch_size, size - first)
         rows = range(first, first + batch_size)
-        condition = run.condition(model.encode([prompts[row % len(prompts)] for row in rows]), unconditional)
+        asked = [row % len(prompts) for row in rows]
+        leave = model.encode([away.prompts[i] for i in asked]) if away else None
+        condition = run.condition(model.encode([prompts[i] for i in asked]), unconditional, leave)
         generators = _generators([seed_of("bank", seed, row) for row in rows])
         latents = _draw(generators, model.latent_shape, model.device, model.dtype)
         for i in range(sampler.steps):

@@ -1,10 +1,12 @@
 """A concept set, erased jointly, in sequence and as an edit a member."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from unpaint.concepts import AnyConcept
 from unpaint.config import compose, conf_dir
 from unpaint.edit import Edit
 from unpaint.errors import UserError
@@ -71,26 +73,22 @@ def test_killed_between_members_it_goes_on_to_the_same_edit(
     from unpaint import run
 
     whole = made("esd", "composed", tiny_pipeline_folder, tmp_path / "whole").read_bytes()
-    real, done = run._made, []
+    real = run._made
+    done: list[str] = []
+    most = 2
 
-    def stops(this, model, concept, *more):  # type: ignore[no-untyped-def]
-        if len(done) == 2:
+    def counted(this: run.Run, model: Any, concept: AnyConcept, *more: Any) -> Any:
+        if len(done) == most:
             raise KeyboardInterrupt
         done.append(concept.name)
         return real(this, model, concept, *more)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "_made", stops)
-        with pytest.raises(KeyboardInterrupt):
-            made("esd", "composed", tiny_pipeline_folder, tmp_path / "killed")
-    done.clear()
-    monkeypatch.setattr(
-        run,
-        "_made",
-        lambda this, model, concept, *more: (done.append(concept.name), real(this, model, concept, *more))[1],
-    )
+    monkeypatch.setattr(run, "_made", counted)
+    with pytest.raises(KeyboardInterrupt):
+        made("esd", "composed", tiny_pipeline_folder, tmp_path / "killed")
+    most = 4
     assert made("esd", "composed", tiny_pipeline_folder, tmp_path / "killed").read_bytes() == whole
-    assert len(done) == 2, "members that were finished were made again"
+    assert done == ["cat", "dog", "bird", "fish"], "members that were finished were made again"
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -109,7 +107,7 @@ def test_what_a_method_can_do_is_named() -> None:
 def test_total_keeps_zeroed_positions(tiny_pipeline_folder: Path) -> None:
     model = load_model({"name": "tiny", "path": str(tiny_pipeline_folder)})
     key, weight = next(iter(model.group("feed_forward.out").items()))
-    about = {"method": "m", "concept": "c", "config": {}}
+    about: dict[str, Any] = {"method": "m", "concept": "c", "config": {}}
     masks = [torch.zeros(weight.shape, dtype=torch.bool) for _ in range(2)]
     masks[0][0, :3], masks[1][0, 2:5] = True, True
     parts = [Edit.from_zeros(model.pipe, {key: mask}, **about) for mask in masks]

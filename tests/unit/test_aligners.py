@@ -66,7 +66,7 @@ def test_no_clip_folder(tmp_path: Path) -> None:
 def test_detector_scores_rise_with_the_detectors_probability(label: str, tiny_detector_folder: Path) -> None:
     detector = PicturebookDetector(str(tiny_detector_folder))
     images = (grey_values(4, 64, 64) / 255).requires_grad_(True)
-    scores = DetectorAligner(label, str(tiny_detector_folder))(images, ["unread"] * 4)
+    scores = DetectorAligner([label], str(tiny_detector_folder))(images, ["unread"] * 4)
     probabilities = detector(images)[:, detector.labels.index(label)]
     expected = scores.sigmoid() if label.startswith("object/") else scores.exp()
     torch.testing.assert_close(expected, probabilities, rtol=1e-5, atol=1e-6)
@@ -76,4 +76,4 @@ def test_detector_scores_rise_with_the_detectors_probability(label: str, tiny_de
 
 def test_detector_does_not_know_the_label(tiny_detector_folder: Path) -> None:
     with pytest.raises(UserError, match="did you mean object/cat"):
-        DetectorAligner("object/cats", str(tiny_detector_folder))
+        DetectorAligner(["object/cats"], str(tiny_detector_folder))

@@ -47,7 +47,7 @@ def test_the_loss_is_equation_7(begun: Begun) -> None:
 
 
 def test_erase_from_starts_from_what_it_is_erased_from(begun: Begun) -> None:
-    method, losses = begun("method.erase_from=a dog")
+    method, losses = begun("method.erase_from=a dog", "method.negative_guidance=1")
     assert method.prompts == ["a dog"]
     batch = a_batch(method, ["a dog"])
     model = method.job.model
@@ -59,10 +59,35 @@ def test_erase_from_starts_from_what_it_is_erased_from(begun: Begun) -> None:
     torch.testing.assert_close(losses[0], expected, rtol=1e-4, atol=1e-7)
 
 
+FRESH = ("method.latents=fresh", "method.trajectories=concept")
+
+
+def ways(latents: str) -> list[str]:
+    """Latents drawn afresh are on the way to the concept; banks have two ways."""
+    return ["method.trajectories=concept"] if latents == "fresh" else []
+
+
+def test_the_erased_way_is_that_of_a_model_that_learned_the_goal(begun: Begun) -> None:
+    method, _ = begun("method.trajectories=erased", "method.negative_guidance=1", "method.bank_size=2")
+    model, (bank,) = method.job.model, method.banks
+    scheduler = model.pipe.scheduler.from_config(model.scheduler_config)
+    scheduler.set_timesteps(4)
+    for row, prompt in enumerate(method.prompts[:2]):
+        x = bank.latents[row : row + 1, 0].float()
+        for k, t in enumerate(scheduler.timesteps[:3]):
+            with torch.no_grad():
+                asked, bare, nothing = (
+                    model.predict(x, t, model.encode([text])) for text in (prompt, method.bare[prompt], "")
+                )
+            goal = asked - 2.0 * (bare - nothing)
+            x = scheduler.step(nothing + 3.0 * (goal - nothing), t, x, return_dict=False)[0]
+            torch.testing.assert_close(bank.latents[row : row + 1, k + 1].float(), x, rtol=5e-3, atol=5e-3)
+
+
 @pytest.mark.parametrize("latents", ["bank", "fresh"])
 def test_batches_are_a_function_of_seed_and_step(latents: str, begun: Begun) -> None:
     def rows(start: int) -> list[Batch]:
-        method, _ = begun(f"method.latents={latents}", "method.steps=4")
+        method, _ = begun(f"method.latents={latents}", *ways(latents), "method.steps=4")
         return list(method.batches(start))
 
     whole, tail = rows(0), rows(2)
@@ -74,7 +99,7 @@ def test_batches_are_a_function_of_seed_and_step(latents: str, begun: Begun) -> 
 
 @pytest.mark.parametrize("latents", ["bank", "fresh"])
 def test_ranks_share_a_batch_without_overlap(latents: str, begun: Begun) -> None:
-    method, _ = begun(f"method.latents={latents}")
+    method, _ = begun(f"method.latents={latents}", *ways(latents))
     whole = next(method.batches(0))
     parts = []
     for rank in (0, 1):
@@ -99,7 +124,9 @@ def test_bad_options_are_refused(option: str, said: str) -> None:
 
 
 def test_in_a_set_each_prompt_loses_its_own_member(begun: Begun) -> None:
-    method, losses = begun("concept=pets", "method.latents=fresh")
+    method, losses = begun(
+        "concept=pets", "method.latents=fresh", "method.trajectories=concept", "method.negative_guidance=1"
+    )
     assert method.bare["a kitten in neon style"] == "a cat"
     assert method.bare["a puppy in neon style"] == "a dog"
     batch = a_batch(method, ["a cat", "a dog"])
@@ -109,7 +136,7 @@ def test_in_a_set_each_prompt_loses_its_own_member(begun: Begun) -> None:
         expected = (2.0 * (bare - empty)).square().mean()
     method.step(batch)
     torch.testing.assert_close(losses[0], expected, rtol=1e-4, atol=1e-7)
-    method, _ = begun("concept=pets", "method.latents=fresh", "method.prompts=concept")
+    method, _ = begun(*options, "method.prompts=concept")
     assert sorted(method.prompts) == ["a bird", "a cat", "a dog", "a fish"]
 
 

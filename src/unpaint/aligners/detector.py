@@ -1,7 +1,8 @@
-"""Picturebook's detector as an aligner: how sure it is of one label, whatever the prompt says."""
+"""Picturebook's detector as an aligner: how sure it is of some labels, whatever the prompt says."""
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from unpaint.errors import UserError, nearest
@@ -9,24 +10,30 @@ from unpaint.evaluation.detectors.picturebook import PicturebookDetector
 
 
 class DetectorAligner:
-    """The label's logit; for a label that competes within its axis, its logarithm of the softmax probability.
+    """The label's logit; for a label that competes within its axis, its logarithm of the softmax probability. Of
+    several labels, which a combination must show together, the sum.
 
-    label: `axis/word`. path: the detector's folder, None for the one in the package.
+    labels: `axis/word` each. path: the detector's folder, None for the one in the package.
     Raises UserError when the detector does not know the label.
     """
 
-    def __init__(self, label: str, path: str | None = None) -> None:
+    def __init__(self, labels: Sequence[str], path: str | None = None) -> None:
         self.detector = PicturebookDetector(path)
-        labels = self.detector.labels
-        if label not in labels:
-            raise UserError(f"the aligner's detector does not know the label '{label}'{nearest(label, labels)}")
-        self.own = labels.index(label)
-        axis = label.split("/")[0]
-        self.rivals = [] if axis == "object" else [i for i, other in enumerate(labels) if other.startswith(f"{axis}/")]
+        self.labels = list(labels)
+        known = self.detector.labels
+        for label in self.labels:
+            if label not in known:
+                raise UserError(f"the aligner's detector does not know the label '{label}'{nearest(label, known)}")
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores (n,) of images (n, 3, H, W) between 0 and 1; the prompts are not read."""
         logits = self.detector.logits(images)
-        if not self.rivals:
-            return logits[:, self.own]
-        return logits[:, self.rivals].log_softmax(dim=1)[:, self.rivals.index(self.own)]
+        return torch.stack([self._score(logits, label) for label in self.labels]).sum(dim=0)
+
+    def _score(self, logits: Tensor, label: str) -> Tensor:
+        known = list(self.detector.labels)
+        axis = label.split("/")[0]
+        if axis == "object":
+            return logits[:, known.index(label)]
+        rivals = [i for i, other in enumerate(known) if other.startswith(f"{axis}/")]
+        return logits[:, rivals].log_softmax(dim=1)[:, rivals.index(known.index(label))]

@@ -16,7 +16,7 @@ from unpaint.concepts import AnyConcept
 from unpaint.edit import Edit
 from unpaint.errors import UserError, nearest
 from unpaint.methods.base import Job, checked_mode
-from unpaint.sampling import Bank, Sampler, denoise_to, drawn_levels, seed_of
+from unpaint.sampling import Away, Bank, Sampler, denoise_to, drawn_levels, seed_of
 
 GROUPS = {
     "x": "cross_attention",
@@ -24,6 +24,9 @@ GROUPS = {
     "u": "not_cross_attention",
     "all": "all",
 }
+
+
+TRAJECTORIES = ("concept", "erased", "both")
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class ESD:
     bare words as in the paper. `erase_from`: train on this prompt alone ("a cowboy", to take the hat off).
     `negative_guidance` is eta of eq. 7. `latents`: `bank` takes them from `bank_size` stored trajectories of the
     unedited model, `fresh` denoises anew for every step; both with `sampling_steps` of DDIM at `sampling_guidance`.
+    `trajectories`: the bank's are on the way to the `concept`, as in the paper; or on the way that a perfectly `erased`
+    model would take, by the goal of eq. 7; or half of them each (`both`): an edited model leaves the first way early.
     `noise_bias` above 1 draws noisy levels more often than clean ones, see `drawn_levels`; the paper draws uniformly.
     """
 
@@ -55,6 +60,7 @@ class ESD:
         erase_from: str | None,
         negative_guidance: float,
         latents: str,
+        trajectories: str,
         bank_size: int,
         sampling_steps: int,
         sampling_guidance: float,
@@ -70,6 +76,13 @@ class ESD:
             raise UserError(f"method.latents is bank or fresh, not '{latents}'{nearest(latents, ('bank', 'fresh'))}")
         if prompts not in ("all", "concept"):
             raise UserError(f"method.prompts is all or concept, not '{prompts}'{nearest(prompts, ('all', 'concept'))}")
+        if trajectories not in TRAJECTORIES:
+            hint = nearest(trajectories, TRAJECTORIES)
+            raise UserError(f"method.trajectories is {', '.join(TRAJECTORIES)}, not '{trajectories}'{hint}")
+        if latents == "fresh" and trajectories != "concept":
+            raise UserError(f"method.trajectories={trajectories} needs a bank: method.latents=bank")
+        if trajectories == "both" and (bank_size % 2 or batch_size % 2):
+            raise UserError("method.trajectories=both needs an even method.bank_size and method.batch_size")
         if steps < 1 or batch_size < 1 or bank_size < 1:
             raise UserError("method.steps, method.batch_size and method.bank_size must be at least 1")
         if lr <= 0 or negative_guidance < 0:
@@ -83,6 +96,7 @@ class ESD:
         self.erase_from = erase_from
         self.negative_guidance = negative_guidance
         self.latents = latents
+        self.trajectories = trajectories
         self.bank_size = bank_size
         self.sampler = Sampler(sampling_steps, sampling_guidance)
         self.noise_bias = noise_bias
@@ -108,13 +122,16 @@ class ESD:
         self.bare = every
         self.prompts = list(every)
         random.Random(job.seed).shuffle(self.prompts)
-        self.bank = self._bank() if self.latents == "bank" else None
+        away = Away(tuple(self.bare[prompt] for prompt in self.prompts), 1 + self.negative_guidance)
+        ways: dict[str, list[Away | None]] = {"concept": [None], "erased": [away], "both": [None, away]}
+        chosen = ways[self.trajectories] if self.latents == "bank" else []
+        self.banks = [self._bank(way, self.bank_size // len(chosen)) for way in chosen]
 
-    def _bank(self) -> Bank:
+    def _bank(self, away: Away | None, size: int) -> Bank:
         job = self.job
-        advance = job.progress("trajectories of the unedited model", self.bank_size)
+        advance = job.progress("trajectories away from the concept" if away else "trajectories to the concept", size)
         folder = job.cache / "banks"
-        bank = Bank.build(job.model, self.prompts, self.bank_size, self.sampler, job.seed, folder, advance)
+        bank = Bank.build(job.model, self.prompts, size, self.sampler, job.seed, folder, advance, away=away)
         job.account(bank.saved_seconds)
         return bank
 
@@ -123,13 +140,14 @@ class ESD:
 
     def batches(self, start: int) -> Iterator[Batch]:
         for step in range(start, self.steps):
-            yield self._from_bank(step) if self.bank else self._fresh(step)
+            yield self._from_bank(step) if self.banks else self._fresh(step)
 
     def _from_bank(self, step: int) -> Batch:
-        assert self.bank is not None
-        latents, t, which = self.bank.draw(self.job.seed, step, self.batch_size, self.noise_bias)
-        rows = list(range(self.batch_size))[self.job.mine]
-        return Batch(latents[rows], t[rows], [self.prompts[which[row]] for row in rows])
+        each = self.batch_size // len(self.banks)
+        drawn = [bank.draw(self.job.seed, step, each, self.noise_bias) for bank in self.banks]
+        latents, t, which = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+        mine = self.job.mine
+        return Batch(latents[mine], t[mine], [self.prompts[i] for i in which.tolist()[mine]])
 
     def _fresh(self, step: int) -> Batch:
         """As the authors' current code does it: k uniform, then k guided steps of the unedited model (methods 4.2)."""
