@@ -283,11 +283,8 @@ def _made_in_parts(this: Run, model: Any, members: tuple[Concept, ...]) -> tuple
         edits.append(edit)
         costs.append(cost)
     method, config = str(this.cfg.method.name), identity(this.cfg)
-    whole = (
-        edits[-1]
-        if one_by_one
-        else Edit.total(model.pipe, edits, method=method, concept=this.concept.name, config=config)
-    )
+    parts = edits[-1:] if one_by_one else edits
+    whole = Edit.total(model.pipe, parts, method=method, concept=this.concept.name, config=config)
     return whole, _cost_of_all(costs, whole)
 
 

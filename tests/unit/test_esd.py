@@ -124,9 +124,8 @@ def test_bad_options_are_refused(option: str, said: str) -> None:
 
 
 def test_in_a_set_each_prompt_loses_its_own_member(begun: Begun) -> None:
-    method, losses = begun(
-        "concept=pets", "method.latents=fresh", "method.trajectories=concept", "method.negative_guidance=1"
-    )
+    options = ("concept=pets", *FRESH)
+    method, losses = begun(*options, "method.negative_guidance=1")
     assert method.bare["a kitten in neon style"] == "a cat"
     assert method.bare["a puppy in neon style"] == "a dog"
     batch = a_batch(method, ["a cat", "a dog"])
