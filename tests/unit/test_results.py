@@ -98,7 +98,7 @@ def test_the_table_speaks_plainly() -> None:
     text = shown(record())
     assert "“a cat” erased from picturebook by esd, seed 0" in text
     row = next(line for line in text.splitlines() if "erasure/ua" in line)
-    for part in ("asked for “a cat”: it is gone", "2.1 %", "97.9 %", "92.7 – 99.4 %", "96", "erased"):
+    for part in ("asked for “a cat”: it is gone", "2.1 %", "97.9 %", "92.7–99.4 %", "96", "erased"):
         assert part in row
     assert "asked for another object: it is there" in text
     assert "28.71" in text

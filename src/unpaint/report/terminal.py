@@ -32,17 +32,17 @@ def show(record: RunRecord, files: Mapping[str, Path | str] | None = None, conso
     console = console or Console()
     table = Table(title=_title(record), title_justify="left", title_style="bold", caption=_CAPTION, box=SIMPLE_HEAD)
     table.caption_justify = "left"
-    table.add_column("what was measured", overflow="fold", min_width=20)
+    table.add_column("what was measured", overflow="fold", min_width=18)
     headings = ["unedited", "edited", "95 % interval", "n", "in short"]
     if console.width < NARROW:
         headings = ["unedited", "edited", "in short"]
     for heading in headings:
-        table.add_column(heading, justify="left" if heading == "in short" else "right", no_wrap=True)
+        table.add_column(heading, justify="left" if heading == "in short" else "right", no_wrap=heading != "in short")
     for name, metric in record.metrics.items():
         cells = {
             "unedited": _number(metric, "base"),
             "edited": f"[bold]{_number(metric, 'value')}[/bold]",
-            "95 % interval": f"{_number(metric, 'low', '')} – {_number(metric, 'high')}",
+            "95 % interval": f"{_number(metric, 'low', '')}–{_number(metric, 'high')}",
             "n": str(metric.get("n", "–")),
             "in short": verdict(name, metric),
         }
@@ -134,7 +134,7 @@ def _number(metric: Mapping[str, Any], key: str, sign: str = " %") -> str:
     if metric.get("unit", "rate") == "rate":
         return f"{100 * value:.1f}{sign}"
     # A cosine is shown as CLIP scores usually are, times 100.
-    return f"{100 * value:.2f}" if metric["unit"] == "cosine" else f"{value:.4g}"
+    return f"{100 * value:.2f}" if metric["unit"] == "cosine" else f"{value:.3g}"
 
 
 def _amount(value: Any, kind: str) -> str:
