@@ -18,6 +18,7 @@ SMALL = [
     "checkpoint_seconds=0",
     "method.steps=12",
     "method.sampling_steps=8",
+    "method.bank_size=16",
     "concept.evaluation.target_pictures=32",
     "concept.evaluation.per_label=4",
     "evaluator.sampler.steps=5",
