@@ -27,7 +27,7 @@ class FirstGradients(Callback):
 def main() -> None:
     torch.set_num_threads(1)
     folder, world = Path(sys.argv[1]), int(sys.argv[2])
-    options = ["method.steps=5", "method.sampling_steps=8", "method.bank_size=16", f"outputs={folder}"]
+    options = ["method.steps=5", "method.sampling_steps=8", f"outputs={folder}"]
     trainer_options = ["trainer=ddp", "trainer.accelerator=cpu", f"trainer.devices={world}"]
     cfg = compose([*options, *(trainer_options if world > 1 else ["trainer=cpu"])])
     concept: Concept = instantiate(cfg.concept)

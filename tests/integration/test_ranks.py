@@ -18,7 +18,6 @@ SMALL = [
     "probes=0",
     "method.steps=2",
     "method.sampling_steps=4",
-    "method.bank_size=16",
     "concept.evaluation.target_pictures=32",
     "concept.evaluation.per_label=4",
     "evaluator.sampler.steps=4",
