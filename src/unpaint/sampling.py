@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unpaint.errors import UserError, nearest
 from unpaint.model import TextToImage
@@ -79,19 +79,10 @@ class Sampler:
         return _DDIM(model, self).timesteps
 
 
-@dataclass(frozen=True)
-class Away:
-    """Steering away from something while painting: the prediction for prompt i loses `scale` times the direction of
-    `prompts[i]`, which is its prediction less that for no prompt."""
-
-    prompts: tuple[str, ...]
-    scale: float
-
-
 class _DDIM:
-    """One run's scheduler: diffusers' DDIM on the grid of `sampler`, guided, and steered away if `away` is not 0."""
+    """One run's scheduler: diffusers' DDIM on the grid of `sampler`, guided."""
 
-    def __init__(self, model: TextToImage, sampler: Sampler, away: float = 0.0) -> None:
+    def __init__(self, model: TextToImage, sampler: Sampler) -> None:
         from diffusers import DDIMScheduler
 
         self.scheduler = DDIMScheduler.from_config(model.scheduler_config)
@@ -103,13 +94,9 @@ class _DDIM:
         self.timesteps: Tensor = self.scheduler.timesteps.to(model.device)
         self.model = model
         self.sampler = sampler
-        self.away = away
 
-    def condition(self, text: Tensor, unconditional: Tensor, away: Tensor | None = None) -> Tensor:
-        """What the UNet attends to: (2B, L, D), unconditional first, or the text alone without guidance. What is
-        steered away from, (B, L, D), comes last."""
-        if away is not None:
-            return torch.cat([unconditional.expand_as(text), text, away])
+    def condition(self, text: Tensor, unconditional: Tensor) -> Tensor:
+        """What the UNet attends to: (2B, L, D), unconditional first, or the text alone without guidance."""
         if self.sampler.guidance == 1:
             return text
         return torch.cat([unconditional.expand_as(text), text])
@@ -124,11 +111,7 @@ class _DDIM:
     ) -> Tensor:
         """Latents (B, C, h, w) at step i -> at step i + 1. The scheduler takes the UNet's own output, epsilon or v."""
         guidance = self.sampler.guidance
-        if self.away:
-            every = self.model.output(torch.cat([latents] * 3), self.timesteps[i], condition, weights)
-            without, with_text, there = every.chunk(3)
-            output = without + guidance * (with_text - self.away * (there - without) - without)
-        elif guidance == 1:
+        if guidance == 1:
             output = self.model.output(latents, self.timesteps[i], condition, weights)
         else:
             both = self.model.output(torch.cat([latents, latents]), self.timesteps[i], condition, weights)
@@ -261,12 +244,6 @@ def denoise_on(
     return latents
 
 
-def drawn_levels(steps: int, n: int, generator: torch.Generator, bias: float = 1.0) -> Tensor:
-    """Positions (n,) on a sampler's grid, 0 the noisiest: floor(steps * u^bias) for uniform u. `bias` 1 is uniform; 2
-    draws 71 % from the noisier half, where it is decided what a picture shows."""
-    return (steps * torch.rand(n, generator=generator).double() ** bias).long().clamp(max=steps - 1)
-
-
 @dataclass(frozen=True)
 class Bank:
     """Stored trajectories of a model: every state on the way from noise to picture, to train on without painting.
@@ -294,29 +271,107 @@ class Bank:
         folder: Path | None = None,
         progress: Progress | None = None,
         batch_size: int = 16,
-        away: Away | None = None,
     ) -> Bank:
-        """Paint `size` trajectories of the model as it is now (build before training), or take them from `folder`. With
-        `away`, on the ways of a model that had unlearned something.
+        """Paint `size` trajectories of the model as it is now (build before training), or take them from `folder`.
 
         The file's name is a hash of all that goes into it; a damaged file is replaced. `progress` is called with the
         number of trajectories each batch brought; with `size` at once if they were there.
         """
-        latents, saved = _stored(model, prompts, size, sampler, seed, folder, progress, batch_size, sampler.steps, away)
+        latents, saved = _stored(model, prompts, size, sampler, seed, folder, progress, batch_size, sampler.steps)
         return cls(latents, sampler.timesteps(model).cpu(), tuple(prompts), model.device, model.dtype, saved)
 
-    def draw(self, seed: int, step: int, n: int, bias: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    def draw(self, seed: int, step: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
         """The n rows of training step `step`: latents (n, C, h, w), t (n,) and the index (n,) of each row's prompt.
 
-        Trajectory and noise level are drawn with replacement, as a pure function of (seed, step, n, bias); for `bias`
-        see `drawn_levels`. The rows are the global batch; each rank takes its slice.
+        Trajectory and noise level are drawn with replacement, as a pure function of (seed, step, n). The rows are the
+        global batch; each rank takes its slice.
         """
         generator = torch.Generator().manual_seed(seed_of("tune", seed, step))
         size, steps = self.latents.shape[:2]
         trajectory = torch.randint(size, (n,), generator=generator)
-        k = drawn_levels(steps, n, generator, bias)
+        k = torch.randint(steps, (n,), generator=generator)
         latents = self.latents[trajectory, k].to(self.device, self.dtype)
         return latents, self.timesteps[k].to(self.device), (trajectory % len(self.prompts)).to(self.device)
+
+
+class Underway(nn.Module):
+    """Trajectories that are moved on while a method learns, each a step whenever it is drawn: latents of the model as
+    it is being trained, which cost no painting of their own.
+
+    Buffers, saved and restored with a method's `own`: latents (size, C, h, w), k (size,) steps taken, which (size,) the
+    index of the prompt. Trajectory i starts k = i * steps // size steps of the way, so that all noise levels are there.
+    """
+
+    latents: Tensor
+    k: Tensor
+    which: Tensor
+
+    def __init__(
+        self,
+        model: TextToImage,
+        prompts: Sequence[str],
+        size: int,
+        sampler: Sampler,
+        seed: int,
+        weights: Mapping[str, Tensor] | None = None,
+        progress: Progress | None = None,
+        batch_size: int = 16,
+    ) -> None:
+        """Takes the first steps with `weights`, see `TextToImage.predict`. Raises UserError on a sampler with eta."""
+        from diffusers import DDIMScheduler
+
+        super().__init__()
+        if sampler.eta > 0:
+            raise UserError(f"trajectories under way are moved on without noise: eta 0, not {sampler.eta}")
+        # It moves on by predicted noise, whatever the network itself predicts.
+        config = {**model.scheduler_config, "prediction_type": "epsilon"}
+        self.scheduler = DDIMScheduler.from_config(config)
+        self.scheduler.set_timesteps(sampler.steps)
+        self.sampler, self.seed, self.prompts = sampler, seed, len(prompts)
+        k = torch.arange(size) * sampler.steps // size
+        which = torch.arange(size) % len(prompts)
+        empty = model.encode([""])
+        parts = []
+        for rows in torch.arange(size).split(batch_size):
+            text = model.encode([prompts[i] for i in which[rows].tolist()])
+            seeds = [seed_of("fresh", seed, row) for row in rows.tolist()]
+            parts.append(denoise_to(model, text, empty, seeds, k[rows], sampler, weights)[0].float())
+            if progress:
+                progress(len(rows))
+        self.register_buffer("latents", torch.cat(parts))
+        self.register_buffer("k", k.to(model.device))
+        self.register_buffer("which", which.to(model.device))
+
+    def drawn(self, step: int, n: int) -> Tensor:
+        """The n trajectories (n,) of training step `step`, different ones: a pure function of seed, step and n."""
+        generator = torch.Generator().manual_seed(seed_of("tune", self.seed, step))
+        return torch.randperm(len(self.k), generator=generator)[:n].to(self.k.device)
+
+    def at(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Where these (n,) are: latents (n, C, h, w), t (n,) and the index (n,) of each one's prompt."""
+        t = self.scheduler.timesteps.to(self.k.device)[self.k[rows]]
+        return self.latents[rows], t, self.which[rows]
+
+    @torch.no_grad()
+    def moved(self, rows: Tensor, predicted: Tensor, unconditional: Tensor) -> Tensor:
+        """Latents (n, C, h, w) of these (n,) a step on, by the predicted noise with and without the prompt."""
+        latents, t, _ = self.at(rows)
+        eps = (unconditional + self.sampler.guidance * (predicted - unconditional)).to(latents.dtype)
+        parts = [
+            self.scheduler.step(eps[i : i + 1], int(t[i]), latents[i : i + 1], eta=0.0, return_dict=False)[0]
+            for i in range(len(rows))
+        ]
+        return torch.cat(parts)
+
+    def move(self, step: int, rows: Tensor, latents: Tensor) -> None:
+        """Puts these (n,) where `moved` says. One that has arrived starts again, from new noise for a new prompt."""
+        self.latents[rows] = latents
+        self.k[rows] += 1
+        for row in (self.k >= self.sampler.steps).nonzero().flatten().tolist():
+            generators = _generators([seed_of("fresh", self.seed, step, row)])
+            self.latents[row] = _draw(generators, self.latents.shape[1:], self.latents.device, self.latents.dtype)[0]
+            self.which[row] = torch.randint(self.prompts, (), generator=generators[0])
+            self.k[row] = 0
 
 
 @dataclass(frozen=True)
@@ -388,12 +443,11 @@ def _stored(
     progress: Progress | None,
     batch_size: int,
     states: int | None,
-    away: Away | None = None,
 ) -> tuple[Tensor, float]:
     """What `_paint_bank` paints and 0, or the same from `folder` and the seconds that it took then."""
     if not prompts or size < 1:
         raise UserError(f"a bank of latents needs a prompt and a size of at least 1, not {len(prompts)} and {size}")
-    key = _bank_key(model, prompts, size, sampler, seed, batch_size, away)
+    key = _bank_key(model, prompts, size, sampler, seed, batch_size)
     path = folder / f"{'paintings' if states is None else 'bank'}-{key}.safetensors" if folder else None
     shape = (size, *model.latent_shape) if states is None else (size, states, *model.latent_shape)
     stored = read_tensor(path) if path else None
@@ -402,7 +456,7 @@ def _stored(
             progress(size)
         return stored[0], float(stored[1]["seconds"])
     started = time.perf_counter()
-    latents = _paint_bank(model, prompts, shape, sampler, seed, progress, batch_size, states, away)
+    latents = _paint_bank(model, prompts, shape, sampler, seed, progress, batch_size, states)
     if path:
         write_tensor(path, latents, {"seconds": f"{time.perf_counter() - started:.3f}"})
     return latents, 0.0
@@ -415,7 +469,6 @@ def _bank_key(
     sampler: Sampler,
     seed: int,
     batch_size: int,
-    away: Away | None,
 ) -> str:
     # Device and dtype count: a bank painted on a GPU must not change what the same command writes on a CPU.
     scheduler = {key: str(value) for key, value in model.scheduler_config.items() if not key.startswith("_")}
@@ -427,7 +480,6 @@ def _bank_key(
         "sampler": asdict(sampler),
         "seed": seed,
         "batch_size": batch_size,
-        "away": asdict(away) if away else None,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -442,10 +494,9 @@ def _paint_bank(
     progress: Progress | None,
     batch_size: int,
     states: int | None,
-    away: Away | None,
 ) -> Tensor:
     """The first `states` states of every trajectory, or (None) the finished pictures."""
-    run = _DDIM(model, sampler, away.scale if away else 0.0)
+    run = _DDIM(model, sampler)
     size = shape[0]
     bank = torch.empty(shape, dtype=torch.float16)
     unconditional = model.encode([""])
@@ -453,8 +504,7 @@ def _paint_bank(
         count = min(batch_size, size - first)
         rows = range(first, first + batch_size)
         asked = [row % len(prompts) for row in rows]
-        leave = model.encode([away.prompts[i] for i in asked]) if away else None
-        condition = run.condition(model.encode([prompts[i] for i in asked]), unconditional, leave)
+        condition = run.condition(model.encode([prompts[i] for i in asked]), unconditional)
         generators = _generators([seed_of("bank", seed, row) for row in rows])
         latents = _draw(generators, model.latent_shape, model.device, model.dtype)
         for i in range(sampler.steps):

@@ -121,6 +121,7 @@ def begun(tiny_pipeline_folder: Path, tmp_path: Path) -> Begun:
                 account=lambda seconds: None,
             )
         )
+        method.optimizers()
         return method, losses
 
     return begin

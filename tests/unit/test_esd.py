@@ -15,7 +15,7 @@ Begun = Callable[..., tuple[ESD, list[torch.Tensor]]]
 
 def a_batch(method: ESD, prompts: list[str]) -> Batch:
     latents = noise(range(len(prompts)), method.job.model.latent_shape)
-    return Batch(latents, torch.tensor([900, 100][: len(prompts)]), prompts)
+    return Batch(latents, torch.tensor([900, 100][: len(prompts)]), prompts, step=0)
 
 
 def test_the_loss_is_equation_7(begun: Begun) -> None:
@@ -59,35 +59,52 @@ def test_erase_from_starts_from_what_it_is_erased_from(begun: Begun) -> None:
     torch.testing.assert_close(losses[0], expected, rtol=1e-4, atol=1e-7)
 
 
-FRESH = ("method.latents=fresh", "method.trajectories=concept")
-
-
-def ways(latents: str) -> list[str]:
-    """Latents drawn afresh are on the way to the concept; banks have two ways."""
-    return ["method.trajectories=concept"] if latents == "fresh" else []
-
-
-def test_the_erased_way_is_that_of_a_model_that_learned_the_goal(begun: Begun) -> None:
-    method, _ = begun("method.trajectories=erased", "method.negative_guidance=1", "method.bank_size=2")
-    model, (bank,) = method.job.model, method.banks
+def test_the_students_trajectories_move_on_by_what_it_predicts(begun: Begun) -> None:
+    method, _ = begun("method.latents=student", "method.bank_size=9", "method.batch_size=4", "method.steps=2")
+    own, model = method.own, method.job.model
+    assert own is not None
+    with torch.no_grad():
+        for parameter in method.job.weights.values():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    before = own.latents.clone(), own.k.clone(), own.which.clone()
+    batch = next(method.batches(0))
+    method.step(batch)
+    assert batch.rows is not None
+    drawn = set(batch.rows.tolist())
+    assert len(drawn) == 4
     scheduler = model.pipe.scheduler.from_config(model.scheduler_config)
     scheduler.set_timesteps(4)
-    for row, prompt in enumerate(method.prompts[:2]):
-        x = bank.latents[row : row + 1, 0].float()
-        for k, t in enumerate(scheduler.timesteps[:3]):
-            with torch.no_grad():
-                asked, bare, nothing = (
-                    model.predict(x, t, model.encode([text])) for text in (prompt, method.bare[prompt], "")
-                )
-            goal = asked - 2.0 * (bare - nothing)
-            x = scheduler.step(nothing + 3.0 * (goal - nothing), t, x, return_dict=False)[0]
-            torch.testing.assert_close(bank.latents[row : row + 1, k + 1].float(), x, rtol=5e-3, atol=5e-3)
+    for row in range(9):
+        latents, k, which = (part[row] for part in before)
+        if row not in drawn:
+            assert own.latents[row].equal(latents) and own.k[row] == k and own.which[row] == which
+            continue
+        if k == 3:  # arrived: it starts again from noise
+            assert own.k[row] == 0 and abs(own.latents[row].std() - 1) < 0.3
+            continue
+        assert own.k[row] == k + 1
+        x, t = latents[None], scheduler.timesteps[k]
+        with torch.no_grad():
+            asked = model.predict(x, t, model.encode([method.prompts[which]]))
+            nothing = model.predict(x, t, model.encode([""]))
+        expected = scheduler.step(nothing + 3.0 * (asked - nothing), t, x, return_dict=False)[0]
+        torch.testing.assert_close(own.latents[row : row + 1], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_rate_falls_in_a_straight_line_wherever_one_begins(begun: Begun) -> None:
+    method, _ = begun("method.steps=4", "method.lr=1e-3", "method.latents=fresh")
+    (optimizer,) = method.optimizers()
+    seen = []
+    for batch in method.batches(2):
+        method.step(batch)
+        seen.append(optimizer.param_groups[0]["lr"])
+    assert seen == pytest.approx([0.5e-3, 0.25e-3])
 
 
 @pytest.mark.parametrize("latents", ["bank", "fresh"])
 def test_batches_are_a_function_of_seed_and_step(latents: str, begun: Begun) -> None:
     def rows(start: int) -> list[Batch]:
-        method, _ = begun(f"method.latents={latents}", *ways(latents), "method.steps=4")
+        method, _ = begun(f"method.latents={latents}", "method.steps=4")
         return list(method.batches(start))
 
     whole, tail = rows(0), rows(2)
@@ -97,9 +114,9 @@ def test_batches_are_a_function_of_seed_and_step(latents: str, begun: Begun) -> 
     assert not whole[0].latents.equal(whole[1].latents)
 
 
-@pytest.mark.parametrize("latents", ["bank", "fresh"])
+@pytest.mark.parametrize("latents", ["student", "bank", "fresh"])
 def test_ranks_share_a_batch_without_overlap(latents: str, begun: Begun) -> None:
-    method, _ = begun(f"method.latents={latents}", *ways(latents))
+    method, _ = begun(f"method.latents={latents}")
     whole = next(method.batches(0))
     parts = []
     for rank in (0, 1):
@@ -124,7 +141,7 @@ def test_bad_options_are_refused(option: str, said: str) -> None:
 
 
 def test_in_a_set_each_prompt_loses_its_own_member(begun: Begun) -> None:
-    options = ("concept=pets", *FRESH)
+    options = ("concept=pets", "method.latents=fresh")
     method, losses = begun(*options, "method.negative_guidance=1")
     assert method.bare["a kitten in neon style"] == "a cat"
     assert method.bare["a puppy in neon style"] == "a dog"

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from unpaint import sampling
 from unpaint.errors import UserError
 from unpaint.model import TextToImage, load_model
-from unpaint.sampling import Bank, Paintings, Sampler, denoise_on, denoise_to, noise, paint, seed_of
+from unpaint.sampling import Bank, Paintings, Sampler, Underway, denoise_on, denoise_to, noise, paint, seed_of
 
 PROMPTS = ["a cat", "a dog at night", "two birds", "a house", "a cat", "a boat on a beach"]
 SEEDS = [3, 1, 4, 15, 92, 65]
@@ -231,6 +231,28 @@ def test_draw_is_a_function_of_seed_and_step(eps_model: TextToImage) -> None:
         k = bank.timesteps.tolist().index(t[row])
         own = bank.latents[prompt[row] :: 3, k].float()  # the trajectories of this prompt at this level
         assert any(torch.equal(latents[row], state) for state in own)
+
+
+@pytest.mark.parametrize("name", ["eps_model", "v_model"])
+def test_trajectories_under_way_follow_the_sampler(name: str, request: pytest.FixtureRequest) -> None:
+    model = request.getfixturevalue(name)
+    under_way = Underway(model, PROMPTS[:2], 8, SAMPLER, seed=1, batch_size=4)
+    text, empty = model.encode([PROMPTS[i % 2] for i in range(8)]), model.encode([""])
+    seeds = [seed_of("fresh", 1, i) for i in range(8)]
+    assert under_way.k.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    rows = under_way.drawn(0, 8)
+    assert sorted(rows.tolist()) == list(range(8)) and rows.equal(under_way.drawn(0, 8))
+    latents, t, which = under_way.at(rows)
+    assert which.equal(rows % 2)
+    with torch.no_grad():
+        asked, nothing = (model.predict(latents, t, part) for part in (text[rows % 2], empty.expand(8, -1, -1)))
+    under_way.move(0, rows, under_way.moved(rows, asked, nothing))
+    assert under_way.k.tolist() == [1, 1, 2, 2, 3, 3, 0, 0]
+    expected, t = denoise_to(model, text[:6], empty, seeds[:6], under_way.k[:6], SAMPLER)
+    torch.testing.assert_close(under_way.latents[:6], expected, rtol=1e-3, atol=1e-3)
+    assert under_way.at(torch.arange(6))[1].equal(t)
+    fresh = [seed_of("fresh", 1, 0, row) for row in (6, 7)]
+    assert under_way.latents[6:].equal(noise(fresh, model.latent_shape))
 
 
 def test_bank_is_kept_reused_and_rebuilt_when_damaged(

@@ -16,7 +16,7 @@ from unpaint.concepts import AnyConcept
 from unpaint.edit import Edit
 from unpaint.errors import UserError, nearest
 from unpaint.methods.base import Job, checked_mode
-from unpaint.sampling import Away, Bank, Sampler, denoise_to, drawn_levels, seed_of
+from unpaint.sampling import Bank, Sampler, Underway, denoise_to, seed_of
 
 GROUPS = {
     "x": "cross_attention",
@@ -24,18 +24,19 @@ GROUPS = {
     "u": "not_cross_attention",
     "all": "all",
 }
-
-
-TRAJECTORIES = ("concept", "erased", "both")
+LATENTS = ("student", "bank", "fresh")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Latents x_t (B, C, h, w) on the way to a picture of the concept, their t (B,), and the prompt of each."""
+    """Latents x_t (B, C, h, w) on the way to a picture of the concept, their t (B,), and the prompt of each. `rows` are
+    the global batch's trajectories, if they are moved on by this step, number `step`."""
 
     latents: Tensor
     t: Tensor
     prompts: list[str]
+    step: int
+    rows: Tensor | None = None
 
 
 class ESD:
@@ -43,14 +44,11 @@ class ESD:
 
     `prompts`: `all` trains on every erasing prompt of the concept (other words, styles, settings), `concept` on its
     bare words as in the paper. `erase_from`: train on this prompt alone ("a cowboy", to take the hat off).
-    `negative_guidance` is eta of eq. 7. `latents`: `bank` takes them from `bank_size` stored trajectories of the
-    unedited model, `fresh` denoises anew for every step; both with `sampling_steps` of DDIM at `sampling_guidance`.
-    `trajectories`: the bank's are on the way to the `concept`, as in the paper; or on the way that a perfectly `erased`
-    model would take, by the goal of eq. 7; or half of them each (`both`): an edited model leaves the first way early.
-    `noise_bias` above 1 draws noisy levels more often than clean ones, see `drawn_levels`; the paper draws uniformly.
+    `negative_guidance` is eta of eq. 7. `latents`: `student` takes them from `bank_size` trajectories that the model
+    under training moves on, as in the authors' first code; `bank` from as many stored ones of the unedited model;
+    `fresh` denoises anew for every step, with the unedited model, as in their present code. All use `sampling_steps` of
+    DDIM at `sampling_guidance`. `lr_decay`: the rate falls to 0 in a straight line, as in none of their code.
     """
-
-    own = None
 
     def __init__(
         self,
@@ -60,35 +58,29 @@ class ESD:
         erase_from: str | None,
         negative_guidance: float,
         latents: str,
-        trajectories: str,
         bank_size: int,
         sampling_steps: int,
         sampling_guidance: float,
-        noise_bias: float,
         steps: int,
         lr: float,
+        lr_decay: bool,
         batch_size: int,
         mode: str,
     ) -> None:
         if variant not in GROUPS:
             raise UserError(f"method.variant is {', '.join(GROUPS)}, not '{variant}'{nearest(variant, GROUPS)}")
-        if latents not in ("bank", "fresh"):
-            raise UserError(f"method.latents is bank or fresh, not '{latents}'{nearest(latents, ('bank', 'fresh'))}")
+        if latents not in LATENTS:
+            raise UserError(f"method.latents is {', '.join(LATENTS)}, not '{latents}'{nearest(latents, LATENTS)}")
         if prompts not in ("all", "concept"):
             raise UserError(f"method.prompts is all or concept, not '{prompts}'{nearest(prompts, ('all', 'concept'))}")
-        if trajectories not in TRAJECTORIES:
-            hint = nearest(trajectories, TRAJECTORIES)
-            raise UserError(f"method.trajectories is {', '.join(TRAJECTORIES)}, not '{trajectories}'{hint}")
-        if latents == "fresh" and trajectories != "concept":
-            raise UserError(f"method.trajectories={trajectories} needs a bank: method.latents=bank")
-        if trajectories == "both" and (bank_size % 2 or batch_size % 2):
-            raise UserError("method.trajectories=both needs an even method.bank_size and method.batch_size")
         if steps < 1 or batch_size < 1 or bank_size < 1:
             raise UserError("method.steps, method.batch_size and method.bank_size must be at least 1")
         if lr <= 0 or negative_guidance < 0:
             raise UserError("method.lr must be above 0 and method.negative_guidance not below it")
-        if noise_bias <= 0:
-            raise UserError(f"method.noise_bias is above 0, and 1 for no bias, not {noise_bias}")
+        if latents == "student" and bank_size < batch_size:
+            raise UserError(
+                f"method.latents=student moves {batch_size} of method.bank_size={bank_size} a step: too few"
+            )
         self.name = name
         self.mode = checked_mode(name, mode)
         self.group = GROUPS[variant]
@@ -96,13 +88,13 @@ class ESD:
         self.erase_from = erase_from
         self.negative_guidance = negative_guidance
         self.latents = latents
-        self.trajectories = trajectories
         self.bank_size = bank_size
         self.sampler = Sampler(sampling_steps, sampling_guidance)
-        self.noise_bias = noise_bias
         self.steps = steps
         self.lr = lr
+        self.lr_decay = lr_decay
         self.batch_size = batch_size
+        self.own: Underway | None = None
 
     def check(self, concept: AnyConcept) -> None:
         if self.erase_from and len(concept.members) > 1:
@@ -122,45 +114,49 @@ class ESD:
         self.bare = every
         self.prompts = list(every)
         random.Random(job.seed).shuffle(self.prompts)
-        away = Away(tuple(self.bare[prompt] for prompt in self.prompts), 1 + self.negative_guidance)
-        ways: dict[str, list[Away | None]] = {"concept": [None], "erased": [away], "both": [None, away]}
-        chosen = ways[self.trajectories] if self.latents == "bank" else []
-        self.banks = [self._bank(way, self.bank_size // len(chosen)) for way in chosen]
-
-    def _bank(self, away: Away | None, size: int) -> Bank:
-        job = self.job
-        advance = job.progress("trajectories away from the concept" if away else "trajectories to the concept", size)
-        folder = job.cache / "banks"
-        bank = Bank.build(job.model, self.prompts, size, self.sampler, job.seed, folder, advance, away=away)
-        job.account(bank.saved_seconds)
-        return bank
+        if self.latents == "student":
+            advance = job.progress("first steps of the trajectories", self.bank_size)
+            self.own = Underway(
+                job.model, self.prompts, self.bank_size, self.sampler, job.seed, job.base, progress=advance
+            )
+        elif self.latents == "bank":
+            advance = job.progress("trajectories to the concept", self.bank_size)
+            folder = job.cache / "banks"
+            self.bank = Bank.build(job.model, self.prompts, self.bank_size, self.sampler, job.seed, folder, advance)
+            job.account(self.bank.saved_seconds)
 
     def optimizers(self) -> list[Optimizer]:
-        return [Adam(self.job.weights.values(), lr=self.lr)]
+        self.adam = Adam(self.job.weights.values(), lr=self.lr)
+        return [self.adam]
 
     def batches(self, start: int) -> Iterator[Batch]:
+        draw = {"student": self._underway, "bank": self._from_bank, "fresh": self._fresh}[self.latents]
         for step in range(start, self.steps):
-            yield self._from_bank(step) if self.banks else self._fresh(step)
+            yield draw(step)
+
+    def _underway(self, step: int) -> Batch:
+        assert self.own is not None
+        rows = self.own.drawn(step, self.batch_size)
+        latents, t, which = self.own.at(rows[self.job.mine])
+        return Batch(latents, t, [self.prompts[i] for i in which.tolist()], step, rows)
 
     def _from_bank(self, step: int) -> Batch:
-        each = self.batch_size // len(self.banks)
-        drawn = [bank.draw(self.job.seed, step, each, self.noise_bias) for bank in self.banks]
-        latents, t, which = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+        latents, t, which = self.bank.draw(self.job.seed, step, self.batch_size)
         mine = self.job.mine
-        return Batch(latents[mine], t[mine], [self.prompts[i] for i in which.tolist()[mine]])
+        return Batch(latents[mine], t[mine], [self.prompts[i] for i in which.tolist()[mine]], step)
 
     def _fresh(self, step: int) -> Batch:
         """As the authors' current code does it: k uniform, then k guided steps of the unedited model (methods 4.2)."""
         seed, model = self.job.seed, self.job.model
         rng = torch.Generator().manual_seed(seed_of("fresh", seed, step))
-        k = drawn_levels(self.sampler.steps, self.batch_size, rng, self.noise_bias)
+        k = torch.randint(self.sampler.steps, (self.batch_size,), generator=rng)
         which = torch.randint(len(self.prompts), (self.batch_size,), generator=rng)
         rows = list(range(self.batch_size))[self.job.mine]
         prompts = [self.prompts[which[row]] for row in rows]
         seeds = [seed_of("fresh", seed, step, row) for row in rows]
         text, empty = model.encode(prompts), model.encode([""])
         latents, t = denoise_to(model, text, empty, seeds, k[rows], self.sampler, weights=self.job.base)
-        return Batch(latents, t, prompts)
+        return Batch(latents, t, prompts, step)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """Eq. 7 for a prompt p and the bare concept c: eps(x, p) becomes eps0(x, p) - (1 + eta)(eps0(x, c) - eps0(x)).
@@ -176,9 +172,26 @@ class ESD:
             x, t = batch.latents.repeat(3, 1, 1, 1), batch.t.repeat(3)
             whole, concept, nothing = model.predict(x, t, asked, weights=self.job.base).chunk(3)
             goal = whole - (1 + self.negative_guidance) * (concept - nothing)
-        loss = F.mse_loss(model.predict(batch.latents, batch.t, text), goal)
+        if self.lr_decay:
+            for group in self.adam.param_groups:
+                group["lr"] = self.lr * (1 - batch.step / self.steps)
+        predicted = model.predict(batch.latents, batch.t, text)
+        loss = F.mse_loss(predicted, goal)
+        if batch.rows is not None:
+            self._move(batch, predicted.detach())
         self.job.update(loss)
         return {"loss": loss.detach()}
+
+    def _move(self, batch: Batch, predicted: Tensor) -> None:
+        """A step of DDIM for the batch's trajectories, with the prediction that there is already and one without a
+        prompt. Every rank moves its own rows, and learns of the others'."""
+        assert self.own is not None and batch.rows is not None
+        model, mine = self.job.model, self.job.mine
+        with torch.no_grad():
+            nothing = model.predict(batch.latents, batch.t, model.encode([""] * len(batch.t)))
+        moved = torch.zeros(len(batch.rows), *self.own.latents.shape[1:], device=self.own.latents.device)
+        moved[mine] = self.own.moved(batch.rows[mine], predicted, nothing)
+        self.own.move(batch.step, batch.rows, self.job.total(moved))
 
     def finish(self) -> Edit:
         job = self.job
