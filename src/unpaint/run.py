@@ -24,6 +24,7 @@ from unpaint.concepts import AnyConcept, Concept
 from unpaint.config import edit_id, identity, instantiate, run_folder, run_id
 from unpaint.edit_header import read_header
 from unpaint.errors import UserError, environment_fault
+from unpaint.evaluation.heat import heat_map
 from unpaint.evaluation.pictures import Batch, PictureStore, picture_key
 from unpaint.evaluation.suite import Evaluator
 from unpaint.files import replacing
@@ -393,6 +394,8 @@ def _evaluated(this: Run, model: Any, edit_file: Path, record: RunRecord) -> Non
     record.metrics = evaluator.score(store, edited, base, batches, model.device)
     if trainer.is_global_zero:
         evaluator.grid(store, edited, base, batches, this.concept, _grid(this))
+        if damage := record.metrics.get("retention/damage"):
+            heat_map({this.concept.name: damage["by_label"]}, _damage(this))
         parts = {file.stem: Edit.load(file) for file in sorted((this.folder / "edits").glob("*.safetensors"))}
         record.metrics |= evaluator.restored(model, edit, parts, this.concept, int(cfg.seed))
     record.cost["evaluate_seconds"] = round(time.perf_counter() - started, 3)
@@ -409,6 +412,10 @@ def _grid(this: Run) -> Path:
     return this.folder / "images" / "grid.png"
 
 
+def _damage(this: Run) -> Path:
+    return this.folder / "images" / "damage.png"
+
+
 def _mirrored(this: Run, record: RunRecord) -> None:
     if is_rank_zero():
         mirror(this.cfg, this.folder, record.run_id, record.metrics, _grid(this))
@@ -416,5 +423,6 @@ def _mirrored(this: Run, record: RunRecord) -> None:
 
 def _shown(this: Run, record: RunRecord) -> RunRecord:
     if is_rank_zero():
-        show(record, {"record": this.folder / FILE_NAME, "edit": this.edit_file, "before and after": _grid(this)})
+        paths = {"record": this.folder / FILE_NAME, "edit": this.edit_file, "before and after": _grid(this)}
+        show(record, paths | ({"damage": _damage(this)} if "retention/damage" in record.metrics else {}))
     return record

@@ -15,6 +15,7 @@ from unpaint.evaluation.detectors.picturebook import PicturebookDetector
 from unpaint.evaluation.metrics.clip_score import ClipScore
 from unpaint.evaluation.metrics.in_prompt import InPrompt
 from unpaint.evaluation.metrics.rates import Rate
+from unpaint.evaluation.heat import heat_map
 from unpaint.evaluation.pictures import PictureStore, picture_key
 from unpaint.evaluation.suite import Evaluator
 from unpaint.model import TextToImage, load_model
@@ -346,3 +347,18 @@ def test_the_grid_shows_the_stored_pictures(evaluator: Evaluator, tmp_path: Path
     first_red = np.argwhere((seen == (250, 0, 0)).all(axis=2))[:, 1].min()
     first_blue = np.argwhere((seen == (0, 0, 250)).all(axis=2))[:, 1].min()
     assert first_red < first_blue
+
+
+def test_the_heat_map_is_red_where_a_label_is_lost(tmp_path: Path) -> None:
+    def cell(value: float, base: float) -> dict[str, float]:
+        return {"value": value, "base": base, "n": 16}
+
+    matrix = {
+        "cat": {"object/cat": cell(0.0, 1.0), "object/dog": cell(0.9, 0.9)},
+        "dog": {"object/dog": cell(0.5, 1.0), "object/bird": cell(1.0, 0.5)},
+    }
+    seen = np.asarray(Image.open(heat_map(matrix, tmp_path / "damage.png")).convert("RGB")).astype(int)
+    # A cell's colour, from a corner inside its frame: rows cat, dog; columns cat, dog, bird.
+    colours = [[tuple(seen[116 + 52 * j + 5, 170 + 80 * i + 5].tolist()) for i in range(3)] for j in range(2)]
+    white, red, half, paper = (247, 247, 247), (178, 24, 43), (212, 136, 145), (255, 255, 255)
+    assert colours == [[red, white, paper], [paper, half, white]]
