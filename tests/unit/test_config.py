@@ -255,3 +255,10 @@ def test_a_real_full_disk_is_recognised() -> None:
 def test_nearest_is_silent_when_nothing_is_near() -> None:
     assert nearest("Kat", ["cat", "dog"]) == "; did you mean cat?"
     assert nearest("submarine", ["cat", "dog"]) == ""
+
+
+def test_the_tuning_sweep_keeps_to_its_own_concepts_and_seed() -> None:
+    cfg = compose(["+sweep=tune", "method=uce"])
+    assert cfg.seed == 1000 and cfg.probes == 0 and cfg.logger.name == "none" and cfg.method.name == "uce"
+    assert cfg.concept.evaluation.target_pictures == 32
+    assert "concept: tree,flower,sketch,woodcut" in (conf_dir() / "sweep" / "tune.yaml").read_text()
