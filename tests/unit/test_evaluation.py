@@ -12,10 +12,10 @@ from PIL import Image
 from unpaint.concepts import Concept
 from unpaint.errors import UserError
 from unpaint.evaluation.detectors.picturebook import PicturebookDetector
+from unpaint.evaluation.heat import heat_map
 from unpaint.evaluation.metrics.clip_score import ClipScore
 from unpaint.evaluation.metrics.in_prompt import InPrompt
 from unpaint.evaluation.metrics.rates import Rate
-from unpaint.evaluation.heat import heat_map
 from unpaint.evaluation.pictures import PictureStore, picture_key
 from unpaint.evaluation.suite import Evaluator
 from unpaint.model import TextToImage, load_model
