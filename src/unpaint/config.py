@@ -467,7 +467,9 @@ def adopt_edit(cfg: DictConfig, overrides: Sequence[str]) -> None:
     from unpaint.edit_header import read_header
 
     told = {re.split(r"[.=@]", line.lstrip("+~"), maxsplit=1)[0] for line in overrides}
-    config = read_header(Path(str(cfg.edit)).expanduser())["config"]
+    header = read_header(Path(str(cfg.edit)).expanduser())
+    # An edit that no run made, with a config or without, is still not the default method's.
+    config = {"method": {"name": header["method"]}} | header["config"]
     for part in ("concept", "method", "seed"):
         if part in told or part not in config:
             continue

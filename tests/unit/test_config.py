@@ -149,7 +149,7 @@ def test_a_constructors_own_refusal_stays_one() -> None:
 
 def test_ids_depend_on_what_matters_and_on_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = compose()
-    same = ["outputs=elsewhere", "force=true", "logger=none", "trainer=cpu", "method.lr=0.0005"]
+    same = ["outputs=elsewhere", "force=true", "logger=none", "trainer=cpu", "method.lr=0.001"]
     for override in same:
         assert run_id(compose([override])) == run_id(cfg)
     assert edit_id(compose(["method.negative_guidance=2.00"])) == edit_id(cfg)
@@ -206,6 +206,19 @@ def test_an_edits_header_may_not_name_foreign_classes(tmp_path: Path, monkeypatc
         adopt_edit(cfg, [])
     adopt_edit(cfg, ["concept=cat"])
     assert (cfg.concept.name, cfg.seed) == ("cat", 3)
+
+
+def test_an_edit_that_no_run_made_keeps_the_name_of_its_method(tmp_path: Path) -> None:
+    from unpaint import edit_header
+
+    base = {"architecture": {"unet": "X 0"}, "hash": "0"}
+    fields = {"format": 1, "base": base, "method": "by_hand", "concept": "x", "config": {}, "version": "0"}
+    file = tmp_path / "edit.safetensors"
+    file.write_bytes(edit_header.to_bytes(edit_header.seal(fields, {}, {}), {}))
+    cfg = compose([f"edit={file}"])
+    adopt_edit(cfg, [])
+    assert cfg.method == {"name": "by_hand"}
+    assert run_folder(cfg).parts[-2] == "by_hand" and run_id(cfg)
 
 
 @pytest.mark.parametrize(
