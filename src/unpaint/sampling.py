@@ -298,8 +298,9 @@ class Underway(nn.Module):
     """Trajectories that are moved on while a method learns, each a step whenever it is drawn: latents of the model as
     it is being trained, which cost no painting of their own.
 
-    Buffers, saved and restored with a method's `own`: latents (size, C, h, w), k (size,) steps taken, which (size,) the
-    index of the prompt. Trajectory i starts k = i * steps // size steps of the way, so that all noise levels are there.
+    Buffers, saved and restored with a method's `own`: latents (size, C, h, w) in float32, k (size,) steps taken, which
+    (size,) the index of the prompt. Trajectory i starts k = i * steps // size steps of the way, so that all noise
+    levels are there.
     """
 
     latents: Tensor
@@ -327,7 +328,7 @@ class Underway(nn.Module):
         config = {**model.scheduler_config, "prediction_type": "epsilon"}
         self.scheduler = DDIMScheduler.from_config(config)
         self.scheduler.set_timesteps(sampler.steps)
-        self.sampler, self.seed, self.prompts = sampler, seed, len(prompts)
+        self.sampler, self.seed, self.prompts, self.dtype = sampler, seed, len(prompts), model.dtype
         k = torch.arange(size) * sampler.steps // size
         which = torch.arange(size) % len(prompts)
         empty = model.encode([""])
@@ -350,12 +351,12 @@ class Underway(nn.Module):
     def at(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Where these (n,) are: latents (n, C, h, w), t (n,) and the index (n,) of each one's prompt."""
         t = self.scheduler.timesteps.to(self.k.device)[self.k[rows]]
-        return self.latents[rows], t, self.which[rows]
+        return self.latents[rows].to(self.dtype), t, self.which[rows]
 
     @torch.no_grad()
     def moved(self, rows: Tensor, predicted: Tensor, unconditional: Tensor) -> Tensor:
         """Latents (n, C, h, w) of these (n,) a step on, by the predicted noise with and without the prompt."""
-        latents, t, _ = self.at(rows)
+        latents, t = self.latents[rows], self.scheduler.timesteps[self.k[rows].cpu()]
         eps = (unconditional + self.sampler.guidance * (predicted - unconditional)).to(latents.dtype)
         parts = [
             self.scheduler.step(eps[i : i + 1], int(t[i]), latents[i : i + 1], eta=0.0, return_dict=False)[0]

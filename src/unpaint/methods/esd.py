@@ -29,14 +29,22 @@ LATENTS = ("student", "bank", "fresh")
 
 @dataclass(frozen=True)
 class Batch:
-    """Latents x_t (B, C, h, w) on the way to a picture of the concept, their t (B,), and the prompt of each. `rows` are
-    the global batch's trajectories, if they are moved on by this step, number `step`."""
+    """Of step number `step`: latents x_t (B, C, h, w) on the way to a picture of the concept, their t (B,), and the
+    prompt of each."""
 
+    step: int
     latents: Tensor
     t: Tensor
     prompts: list[str]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which trajectories step number `step` trains on and moves on: the global batch's, (B,). Where they are is known
+    when the step before is over."""
+
     step: int
-    rows: Tensor | None = None
+    which: Tensor
 
 
 class ESD:
@@ -129,21 +137,21 @@ class ESD:
         self.adam = Adam(self.job.weights.values(), lr=self.lr)
         return [self.adam]
 
-    def batches(self, start: int) -> Iterator[Batch]:
-        draw = {"student": self._underway, "bank": self._from_bank, "fresh": self._fresh}[self.latents]
+    def batches(self, start: int) -> Iterator[Batch | Rows]:
         for step in range(start, self.steps):
-            yield draw(step)
+            if self.latents == "student":
+                yield self._rows(step)
+            else:
+                yield self._from_bank(step) if self.latents == "bank" else self._fresh(step)
 
-    def _underway(self, step: int) -> Batch:
+    def _rows(self, step: int) -> Rows:
         assert self.own is not None
-        rows = self.own.drawn(step, self.batch_size)
-        latents, t, which = self.own.at(rows[self.job.mine])
-        return Batch(latents, t, [self.prompts[i] for i in which.tolist()], step, rows)
+        return Rows(step, self.own.drawn(step, self.batch_size))
 
     def _from_bank(self, step: int) -> Batch:
         latents, t, which = self.bank.draw(self.job.seed, step, self.batch_size)
         mine = self.job.mine
-        return Batch(latents[mine], t[mine], [self.prompts[i] for i in which.tolist()[mine]], step)
+        return Batch(step, latents[mine], t[mine], [self.prompts[i] for i in which.tolist()[mine]])
 
     def _fresh(self, step: int) -> Batch:
         """As the authors' current code does it: k uniform, then k guided steps of the unedited model (methods 4.2)."""
@@ -156,14 +164,17 @@ class ESD:
         seeds = [seed_of("fresh", seed, step, row) for row in rows]
         text, empty = model.encode(prompts), model.encode([""])
         latents, t = denoise_to(model, text, empty, seeds, k[rows], self.sampler, weights=self.job.base)
-        return Batch(latents, t, prompts, step)
+        return Batch(step, latents, t, prompts)
 
-    def step(self, batch: Batch) -> dict[str, Tensor]:
+    def step(self, batch: Batch | Rows) -> dict[str, Tensor]:
         """Eq. 7 for a prompt p and the bare concept c: eps(x, p) becomes eps0(x, p) - (1 + eta)(eps0(x, c) - eps0(x)).
 
         For p = c this is the paper's eps0(x) - eta (eps0(x, c) - eps0(x)); for another p it takes the concept, and only
         the concept, out of it. It is what the authors' current code does with their eta = 1 + eta.
         """
+        rows = batch if isinstance(batch, Rows) else None
+        if isinstance(batch, Rows):
+            batch = self._under_way(batch)
         model, n = self.job.model, len(batch.t)
         text = model.encode(batch.prompts)
         bare = model.encode([self.bare[prompt] for prompt in batch.prompts])
@@ -177,21 +188,27 @@ class ESD:
                 group["lr"] = self.lr * (1 - batch.step / self.steps)
         predicted = model.predict(batch.latents, batch.t, text)
         loss = F.mse_loss(predicted, goal)
-        if batch.rows is not None:
-            self._move(batch, predicted.detach())
+        if rows is not None:
+            self._move(rows, batch, predicted.detach())
         self.job.update(loss)
         return {"loss": loss.detach()}
 
-    def _move(self, batch: Batch, predicted: Tensor) -> None:
-        """A step of DDIM for the batch's trajectories, with the prediction that there is already and one without a
-        prompt. Every rank moves its own rows, and learns of the others'."""
-        assert self.own is not None and batch.rows is not None
-        model, mine = self.job.model, self.job.mine
+    def _under_way(self, rows: Rows) -> Batch:
+        """This rank's share of the trajectories, where they are now."""
+        assert self.own is not None
+        latents, t, which = self.own.at(rows.which[self.job.mine])
+        return Batch(rows.step, latents, t, [self.prompts[i] for i in which.tolist()])
+
+    def _move(self, rows: Rows, batch: Batch, predicted: Tensor) -> None:
+        """A step of DDIM for the trajectories, with the prediction that there is already and one without a prompt.
+        Every rank moves its own, and learns of the others'."""
+        assert self.own is not None
+        model, mine, own = self.job.model, self.job.mine, self.own
         with torch.no_grad():
             nothing = model.predict(batch.latents, batch.t, model.encode([""] * len(batch.t)))
-        moved = torch.zeros(len(batch.rows), *self.own.latents.shape[1:], device=self.own.latents.device)
-        moved[mine] = self.own.moved(batch.rows[mine], predicted, nothing)
-        self.own.move(batch.step, batch.rows, self.job.total(moved))
+        moved = torch.zeros_like(own.latents[rows.which])
+        moved[mine] = own.moved(rows.which[mine], predicted, nothing)
+        own.move(rows.step, rows.which, self.job.total(moved))
 
     def finish(self) -> Edit:
         job = self.job
