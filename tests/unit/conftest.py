@@ -121,7 +121,6 @@ def begun(tiny_pipeline_folder: Path, tmp_path: Path) -> Begun:
                 account=lambda seconds: None,
             )
         )
-        method.optimizers()
         return method, losses
 
     return begin

@@ -238,8 +238,8 @@ def test_evaluate_takes_concept_and_seed_from_the_edit_unless_told(
     edit_file: Path, tiny_pipeline_folder: Path, tmp_path: Path
 ) -> None:
     given = ["evaluate", f"edit={edit_file}", f"model.path={tiny_pipeline_folder}"]
-    assert "job dog 0.0005 7" in jobs(*given, cwd=tmp_path).stdout
-    assert "job cat 0.0005 7" in jobs(*given, "concept=cat", cwd=tmp_path).stdout
+    assert "job dog 0.001 7" in jobs(*given, cwd=tmp_path).stdout
+    assert "job cat 0.001 7" in jobs(*given, "concept=cat", cwd=tmp_path).stdout
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")

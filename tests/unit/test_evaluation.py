@@ -362,3 +362,8 @@ def test_the_heat_map_is_red_where_a_label_is_lost(tmp_path: Path) -> None:
     colours = [[tuple(seen[116 + 52 * j + 5, 170 + 80 * i + 5].tolist()) for i in range(3)] for j in range(2)]
     white, red, half, paper = (247, 247, 247), (178, 24, 43), (212, 136, 145), (255, 255, 255)
     assert colours == [[red, white, paper], [paper, half, white]]
+
+
+def test_a_probe_works_in_a_run_of_mixed_precision(evaluator: Evaluator, model: TextToImage) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert 0 <= evaluator.unlearning_accuracy(model, concept(), seed=0, pictures=4) <= 1

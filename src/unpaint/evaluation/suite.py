@@ -284,7 +284,8 @@ class Evaluator:
         found = 0
         rows = iter(labels)
         for batch in paint(model, [case.prompt for case in cases], seeds, self.sampler, self.batch_size):
-            probabilities = self.detector(batch.to(model.device).float() / 255).cpu().numpy()
+            # In a run with mixed precision it answers in half.
+            probabilities = self.detector(batch.to(model.device).float() / 255).float().cpu().numpy()
             asked_for = [(row, next(rows)) for row in range(len(batch))]
             found += int(shown(asked_for, probabilities, self.detector).sum())
         return 1 - found / len(cases)

@@ -122,6 +122,7 @@ class ESD:
         self.bare = every
         self.prompts = list(every)
         random.Random(job.seed).shuffle(self.prompts)
+        self.adam = Adam(job.weights.values(), lr=self.lr)
         if self.latents == "student":
             advance = job.progress("first steps of the trajectories", self.bank_size)
             self.own = Underway(
@@ -134,7 +135,6 @@ class ESD:
             job.account(self.bank.saved_seconds)
 
     def optimizers(self) -> list[Optimizer]:
-        self.adam = Adam(self.job.weights.values(), lr=self.lr)
         return [self.adam]
 
     def batches(self, start: int) -> Iterator[Batch | Rows]:
