@@ -395,7 +395,8 @@ def _evaluated(this: Run, model: Any, edit_file: Path, record: RunRecord) -> Non
     if trainer.is_global_zero:
         evaluator.grid(store, edited, base, batches, this.concept, _grid(this))
         if damage := record.metrics.get("retention/damage"):
-            heat_map({this.concept.name: damage["by_label"]}, _damage(this))
+            name, erased = this.concept.name, [member.group for member in this.concept.members]
+            heat_map({name: damage["by_label"]}, {name: erased}, _damage(this))
         parts = {file.stem: Edit.load(file) for file in sorted((this.folder / "edits").glob("*.safetensors"))}
         record.metrics |= evaluator.restored(model, edit, parts, this.concept, int(cfg.seed))
     record.cost["evaluate_seconds"] = round(time.perf_counter() - started, 3)

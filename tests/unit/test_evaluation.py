@@ -357,7 +357,13 @@ def test_the_heat_map_is_red_where_a_label_is_lost(tmp_path: Path) -> None:
         "cat": {"object/cat": cell(0.0, 1.0), "object/dog": cell(0.9, 0.9)},
         "dog": {"object/dog": cell(0.5, 1.0), "object/bird": cell(1.0, 0.5)},
     }
-    seen = np.asarray(Image.open(heat_map(matrix, tmp_path / "damage.png")).convert("RGB")).astype(int)
+    erased = {"cat": ["object/cat"], "dog": ["object/dog", "object/bird"]}
+    seen = np.asarray(Image.open(heat_map(matrix, erased, tmp_path / "damage.png")).convert("RGB")).astype(int)
+    # The frame of what is to be erased is three dark pixels wide, any other one grey pixel.
+    framed = [
+        [tuple(seen[116 + 52 * j + 2, 170 + 80 * i + 2].tolist()) == (30, 30, 34) for i in range(3)] for j in range(2)
+    ]
+    assert framed == [[True, False, False], [False, True, True]]
     # A cell's colour, from a corner inside its frame: rows cat, dog; columns cat, dog, bird.
     colours = [[tuple(seen[116 + 52 * j + 5, 170 + 80 * i + 5].tolist()) for i in range(3)] for j in range(2)]
     white, red, half, paper = (247, 247, 247), (178, 24, 43), (212, 136, 145), (255, 255, 255)

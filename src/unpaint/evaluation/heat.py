@@ -1,6 +1,6 @@
 """The damage matrix as a picture: what each erasing leaves of each label, one row a concept."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ LOST, KEPT = (178, 24, 43), (247, 247, 247)
 LEGEND = "share of pictures that show what they were asked for: edited (unedited); red: lost beside the unedited model"
 
 
-def heat_map(matrix: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Path) -> Path:
+def heat_map(
+    matrix: Mapping[str, Mapping[str, Mapping[str, Any]]], erased: Mapping[str, Collection[str]], path: Path
+) -> Path:
     """Write the PNG and return its path.
 
     matrix: erased concept -> label -> value, base and n, as `retention/damage` has them in `by_label`. A cell is white
     where the edited model shows the label as often as the unedited one and red where it never does; a label that a row
-    does not know stays empty, and the label that a concept erases is framed.
+    does not know stays empty. erased: concept -> the labels that it is to erase, which are framed.
     """
     labels = list(dict.fromkeys(label for row in matrix.values() for label in row))
     width = 2 * MARGIN + ROW_LABEL + len(labels) * (CELL[0] + GAP)
@@ -41,7 +43,7 @@ def heat_map(matrix: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Path) 
             value, base = (float(row[label][key]) for key in ("value", "base"))
             lost = min(1.0, max(0.0, 1 - value / base)) if base else 0.0
             box = (left, top, left + CELL[0], top + CELL[1])
-            aim = label.rpartition("/")[2] == concept or label == concept
+            aim = label in erased[concept]
             draw.rectangle(box, _mixed(lost), INK if aim else FAINT, 3 if aim else 1)
             ink = PAPER if lost > 0.5 else INK
             draw.text((left + CELL[0] / 2, top + CELL[1] / 2 - 2), f"{value:.0%}", ink, head, anchor="ms")
@@ -57,7 +59,7 @@ def _mixed(lost: float) -> tuple[int, int, int]:
 
 
 def _words(label: str) -> str:
-    return label.rpartition("/")[2].replace("_", " ")
+    return " + ".join(part.rpartition("/")[2] for part in label.split("+")).replace("_", " ")
 
 
 def _fitting(words: str) -> Any:
