@@ -26,6 +26,8 @@ def make(begun: Callable[..., tuple[TRUST, list[Tensor]]], tiny_clip_folder: Pat
         method, _ = begun(
             "method=trust",
             f"method.aligner.path={tiny_clip_folder}",
+            "method.latents=bank",
+            "method.sampling_steps=50",
             "method.bank_size=4",
             "method.retain_size=4",
             "method.batch_size=2",
@@ -107,7 +109,7 @@ def test_the_penaltys_gradient_is_that_of_its_value(choice: str, second_order: s
         gradients.update(zip(method.job.weights, found, strict=True))
 
     object.__setattr__(method.job, "update", update)
-    logs = method.step(batch)
+    logs = method.step(0)
 
     def penalty(weights: Tensors) -> Tensor:
         """The slow way: the first gradient, then what the docs say of it; mask and threshold stay."""
@@ -160,7 +162,7 @@ def test_the_previous_loss_by_hand(make: Make) -> None:
         anchors = model.encode([method.anchors[i] for i in batch.which])
         goal = model.predict(batch.latents, batch.t, anchors, unedited)
     expected = (student - goal).square().mean() + 0.5 * (noise - batch.retain.noise).square().mean()
-    method.step(batch)
+    method.step(0)
     torch.testing.assert_close(method.losses[0], expected, rtol=1e-4, atol=1e-6)  # type: ignore[attr-defined]
     prompts = dict(zip(method.prompts, method.anchors, strict=True))
     assert prompts["a cat in mosaic style"] == "a dog in mosaic style"
@@ -171,9 +173,9 @@ def test_weights_move_only_while_they_are_masked(make: Make) -> None:
     start = {key: p.detach().clone() for key, p in method.job.weights.items()}
     ever = {key: torch.zeros_like(p, dtype=torch.bool) for key, p in start.items()}
     returned = False
-    for batch in method.batches(0):
+    for step in method.batches(0):
         before = {key: p.detach().clone() for key, p in method.job.weights.items()}
-        method.step(batch)
+        method.step(step)
         mask = method.neurons.mask()
         for key, p in method.job.weights.items():
             assert p[~mask[key]].equal(before[key][~mask[key]])
@@ -190,8 +192,9 @@ def test_weights_move_only_while_they_are_masked(make: Make) -> None:
 
 
 def test_the_saliency_is_averaged_in_own(make: Make) -> None:
-    method = make("method.mask_ema=0.75", "method.first_estimates=2", "method.mask_every=2", "method.steps=4")
-    batches = list(method.batches(0))
+    options = ["method.first_estimates=2", "method.mask_every=2", "method.steps=4"]
+    method = make("method.mask_ema=0.75", *options)
+    batches = [method._batch(step) for step in method.batches(0)]
     assert [len(batch.pictures) for batch in batches] == [2, 0, 1, 0]
 
     assert method.own is not None
@@ -202,24 +205,23 @@ def test_the_saliency_is_averaged_in_own(make: Make) -> None:
         return torch.cat([g.abs().flatten() for key, g in zip(weights, found, strict=True) if ".to_k." in key])
 
     expected = (seen(batches[0], 0) + seen(batches[0], 1)) / 2
-    method.step(batches[0])
-    torch.testing.assert_close(method.own.state_dict()["saliency_k"], expected, rtol=1e-4, atol=1e-9)
-    method.step(batches[1])
+    method.step(0)
+    torch.testing.assert_close(method.own.state_dict()["neurons.saliency_k"], expected, rtol=1e-4, atol=1e-9)
+    method.step(1)
     expected = 0.75 * expected + 0.25 * seen(batches[2], 0)
-    logs = method.step(batches[2])
-    torch.testing.assert_close(method.own.state_dict()["saliency_k"], expected, rtol=1e-4, atol=1e-9)
+    logs = method.step(2)
+    torch.testing.assert_close(method.own.state_dict()["neurons.saliency_k"], expected, rtol=1e-4, atol=1e-9)
     assert {"mask/kept", "mask/ever", "mask/jaccard_first", "mask/jaccard_previous"} <= logs.keys()
     assert 0 < logs["mask/jaccard_previous"] <= 1
 
 
 def test_a_static_mask_is_found_once(make: Make) -> None:
     method = make("method.mask_every=0", "method.steps=3")
-    batches = list(method.batches(0))
-    assert [len(batch.pictures) for batch in batches] == [1, 0, 0]
-    method.step(batches[0])
+    assert [len(method._batch(step).pictures) for step in method.batches(0)] == [1, 0, 0]
+    method.step(0)
     mask = method.neurons.mask()
-    for batch in batches[1:]:
-        logs = method.step(batch)
+    for step in (1, 2):
+        logs = method.step(step)
         assert logs["mask/jaccard_first"] == 1 and logs["mask/jaccard_previous"] == 1
         assert all(m.equal(mask[key]) for key, m in method.neurons.mask().items())
 
@@ -227,9 +229,8 @@ def test_a_static_mask_is_found_once(make: Make) -> None:
 def test_zeroing_sets_the_concept_neurons_to_zero(make: Make) -> None:
     method = make("method.objective=zero", "method.first_estimates=3")
     assert method.optimizers() == [] and method.steps == 1
-    (batch,) = method.batches(0)
-    assert len(batch.pictures) == 3
-    method.step(batch)
+    assert list(method.batches(0)) == [0] and len(method._batch(0).pictures) == 3
+    method.step(0)
     edit, mask = method.finish(), method.neurons.mask()
     assert not edit.delta and sum(int(m.sum()) for m in edit.zero.values()) > 0
     assert all(edit.zero[key].equal(mask[key]) for key in edit.zero)
@@ -243,16 +244,43 @@ def test_zeroing_needs_no_optimizer(tiny_pipeline_folder: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("image", ["one_step", "trajectory"])
-def test_batches_are_a_function_of_seed_and_step(image: str, make: Make) -> None:
-    options = [f"method.image={image}", "method.steps=3", "method.mask_every=1"]
-    whole, tail = list(make(*options).batches(0)), list(make(*options).batches(1))
-    for one, other in zip(whole[1:], tail, strict=True):
+@pytest.mark.parametrize("latents", ["bank", "student"])
+def test_a_batch_is_a_function_of_seed_and_step(image: str, latents: str, make: Make) -> None:
+    method, again = (make(f"method.image={image}", f"method.latents={latents}", "method.steps=3") for _ in range(2))
+    for step in (2, 0):
+        one, other = method._batch(step), again._batch(step)
         assert one.latents.equal(other.latents) and one.directions.equal(other.directions)
-        mine, theirs = one.pictures[-1], other.pictures[-1]
-        assert mine.seeds == theirs.seeds and mine.prompts == theirs.prompts
         assert one.retain is not None and other.retain is not None and one.retain.latents.equal(other.retain.latents)
-        if image == "one_step":
-            assert mine.latents is not None and theirs.latents is not None and mine.latents.equal(theirs.latents)
+        for mine, theirs in zip(one.pictures, other.pictures, strict=True):
+            assert mine.seeds == theirs.seeds and mine.prompts == theirs.prompts
+            if image == "one_step":
+                assert mine.latents is not None and theirs.latents is not None and mine.latents.equal(theirs.latents)
+
+
+def test_trajectories_under_way_go_on_as_the_model_under_training_paints(make: Make) -> None:
+    options = ["method.latents=student", "method.sampling_steps=4", "method.sampling_guidance=2.0", "method.steps=3"]
+    method = make(*options)
+    with torch.no_grad():
+        for parameter in method.job.weights.values():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    own, model = method.underway, method.job.model
+    drawn = own.drawn(0, 2)
+    latents, t, which = own.at(drawn)
+    text, empty = model.encode([method.prompts[i] for i in which]), model.encode([""])
+    expected = []
+    with torch.no_grad():
+        for i, row in enumerate(drawn.tolist()):
+            if own.k[row] + 1 < 4:
+                without, asked = (model.predict(latents[i : i + 1], t[i : i + 1], e[:1]) for e in (empty, text[i:]))
+                eps = without + 2.0 * (asked - without)
+                later = own.scheduler.timesteps[own.k[row] + 1]
+                here, there = model.alphas_cumprod[t[i]], model.alphas_cumprod[later]
+                clean = (latents[i : i + 1] - (1 - here).sqrt() * eps) / here.sqrt()
+                expected.append((row, there.sqrt() * clean + (1 - there).sqrt() * eps))
+    method.step(0)
+    assert expected
+    for row, latent in expected:
+        torch.testing.assert_close(own.latents[row : row + 1], latent, rtol=1e-4, atol=1e-5)
 
 
 def test_the_aligner_is_one_override_away() -> None:
@@ -267,6 +295,7 @@ def test_the_aligner_is_one_override_away() -> None:
     [
         ("objective=cap", "did you mean cip"),
         ("surrogate=count", "method.surrogate"),
+        ("latents=studnt", "did you mean student"),
         ("steps=0", "method.steps"),
         ("lr=0", "lr"),
         ("beta=-1", "beta"),

@@ -20,13 +20,14 @@ from unpaint.edit import Edit
 from unpaint.errors import UserError, nearest
 from unpaint.methods.base import Job, checked_mode
 from unpaint.saliency import ConceptNeurons
-from unpaint.sampling import Bank, Noised, Paintings, Sampler, denoise_on, denoise_to, seed_of
+from unpaint.sampling import Bank, Noised, Paintings, Sampler, Underway, denoise_on, denoise_to, seed_of
 
 CHOICES = {
     "objective": ("csr", "cip", "zero"),
     "previous": ("redirection", "none"),
     "retain_goal": ("noise", "teacher"),
     "prompts": ("all", "concept"),
+    "latents": ("student", "bank"),
     "sensitivity": ("projection", "energy"),
     "surrogate": ("sigmoid", "hinge"),
     "second_order": ("exact", "finite_difference"),
@@ -52,7 +53,8 @@ class Batch:
     """One step's rows of this rank.
 
     latents x_t (B, C, h, w), t (B,), which prompt (B,); directions (B, C, h, w), standard normal, for the sensitivity;
-    pictures: for the saliency, none in a step that needs none; retain: noised pictures of what must stay.
+    pictures: for the saliency, none in a step that needs none; retain: noised pictures of what must stay; trajectories
+    (batch size,): which ones all ranks' rows are, if they are under way.
     """
 
     step: int
@@ -62,6 +64,7 @@ class Batch:
     directions: Tensor
     pictures: list[Pictures]
     retain: Noised | None
+    trajectories: Tensor | None
 
 
 class TRUST:
@@ -98,11 +101,13 @@ class TRUST:
         mask_ema: float,
         first_estimates: int,
         prompts: str,
+        latents: str,
         bank_size: int,
         sampling_steps: int,
         sampling_guidance: float,
         steps: int,
         lr: float,
+        lr_decay: bool,
         batch_size: int,
         mode: str,
     ) -> None:
@@ -111,6 +116,7 @@ class TRUST:
             "previous": previous,
             "retain_goal": retain_goal,
             "prompts": prompts,
+            "latents": latents,
             "sensitivity": sensitivity,
             "surrogate": surrogate,
             "second_order": second_order,
@@ -137,6 +143,10 @@ class TRUST:
             raise UserError(f"method.mask_ema is at least 0 and below 1, not {mask_ema}")
         if image == "trajectory" and not 1 <= gradient_steps <= sampling_steps:
             raise UserError(f"method.gradient_steps is between 1 and sampling_steps={sampling_steps}")
+        if latents == "student" and batch_size > bank_size:
+            raise UserError(
+                f"method.latents=student moves {batch_size} of method.bank_size={bank_size} a step: too few"
+            )
         if objective != "zero" and previous == "none" and beta == 0:
             raise UserError("method.previous=none and method.beta=0 leave nothing to learn; give one of them")
         self.name = name
@@ -164,11 +174,13 @@ class TRUST:
         self.mask_ema = mask_ema
         self.first_estimates = first_estimates
         self.asked = prompts
+        self.latents = latents
         self.bank_size = bank_size
         self.sampler = Sampler(sampling_steps, sampling_guidance)
         # Zeroing is one step: it looks and then cuts.
         self.steps = 1 if objective == "zero" else steps
         self.lr = lr
+        self.lr_decay = lr_decay
         self.batch_size = batch_size
         self.own: nn.Module | None = None
 
@@ -191,13 +203,21 @@ class TRUST:
             pairs = pairs[:1]
         random.Random(job.seed).shuffle(pairs)
         self.prompts, self.anchors = [p for p, _ in pairs], [a for _, a in pairs]
-        folder = job.cache / "banks"
-        advance = job.progress("trajectories of the unedited model", self.bank_size)
-        self.bank = Bank.build(job.model, self.prompts, self.bank_size, self.sampler, job.seed, folder, advance)
-        job.account(self.bank.saved_seconds)
+        self.adam = Adam(job.weights.values(), lr=self.lr)
         self.paintings = self._paintings() if self._retains else None
         self.neurons = ConceptNeurons(job.weights, self._units(), self.xi, self.zscore_within == "layer")
-        self.own = self.neurons
+        self.own = nn.ModuleDict({"neurons": self.neurons})
+        if self.latents == "student":
+            advance = job.progress("first steps of the trajectories", self.bank_size)
+            self.underway = Underway(
+                job.model, self.prompts, self.bank_size, self.sampler, job.seed, job.base, progress=advance
+            )
+            self.own["trajectories"] = self.underway
+        else:
+            folder = job.cache / "banks"
+            advance = job.progress("trajectories of the unedited model", self.bank_size)
+            self.bank = Bank.build(job.model, self.prompts, self.bank_size, self.sampler, job.seed, folder, advance)
+            job.account(self.bank.saved_seconds)
 
     def _units(self) -> dict[str, int]:
         weights, unet = self.job.weights, self.job.model.pipe.unet
@@ -220,18 +240,18 @@ class TRUST:
         return paintings
 
     def optimizers(self) -> list[Optimizer]:
-        return [] if self.objective == "zero" else [Adam(self.job.weights.values(), lr=self.lr)]
+        return [] if self.objective == "zero" else [self.adam]
 
     # --- data
 
-    def batches(self, start: int) -> Iterator[Batch]:
-        for step in range(start, self.steps):
-            yield self._batch(step)
+    def batches(self, start: int) -> Iterator[int]:
+        """The numbers of the steps: where trajectories under way are is known when a step begins, and not before."""
+        return iter(range(start, self.steps))
 
     def _batch(self, step: int) -> Batch:
         job, n = self.job, self.batch_size
         rows = list(range(n))[job.mine]
-        latents, t, which = self.bank.draw(job.seed, step, n)
+        latents, t, which, trajectories = self._latents(step)
         generator = torch.Generator().manual_seed(seed_of("tune", job.seed, step, 1))
         directions = torch.randn(latents.shape, generator=generator).to(latents)
         # No draw of pictures is used twice: those of step s follow all steps, the further first ones follow those.
@@ -243,7 +263,16 @@ class TRUST:
             noised = self.paintings.draw(job.seed, step, n)
             retain = Noised(noised.latents[rows], noised.t[rows], noised.noise[rows], noised.which[rows])
         pictures = [self._pictures(draw) for draw in draws]
-        return Batch(step, latents[rows], t[rows], which[rows].tolist(), directions[rows], pictures, retain)
+        return Batch(
+            step, latents[rows], t[rows], which[rows].tolist(), directions[rows], pictures, retain, trajectories
+        )
+
+    def _latents(self, draw: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """A global batch: latents, t, which prompt; and which trajectories they are, if they are under way."""
+        if self.latents == "bank":
+            return *self.bank.draw(self.job.seed, draw, self.batch_size), None
+        trajectories = self.underway.drawn(draw, self.batch_size)
+        return *self.underway.at(trajectories), trajectories
 
     def _looks(self, step: int) -> bool:
         """Whether the mask is estimated in this step."""
@@ -256,7 +285,7 @@ class TRUST:
     def _pictures(self, draw: int) -> Pictures:
         seed, n = self.job.seed, self.batch_size
         rows = list(range(n))[self.job.mine]
-        latents, t, which = self.bank.draw(seed, draw, n)
+        latents, t, which, _ = self._latents(draw)
         prompts = [self.prompts[which[row]] for row in rows]
         if self.image == "one_step":
             return Pictures(latents[rows], t[rows], [], prompts)
@@ -264,7 +293,8 @@ class TRUST:
 
     # --- one step
 
-    def step(self, batch: Batch) -> dict[str, Tensor]:
+    def step(self, number: int) -> dict[str, Tensor]:
+        batch = self._batch(number)
         logs, pull = self._find(batch)
         if self.objective == "zero":
             return logs
@@ -285,8 +315,25 @@ class TRUST:
             retention = self._retention(batch.retain)
             logs["retention"] = retention.detach()
             loss = loss + self.retain * retention
+        if self.lr_decay:
+            for group in self.adam.param_groups:
+                group["lr"] = self.lr * (1 - batch.step / self.steps)
+        if batch.trajectories is not None:
+            self._move(batch, batch.trajectories)
         self._update(loss)
         return logs
+
+    def _move(self, batch: Batch, trajectories: Tensor) -> None:
+        """A step of DDIM for the batch's trajectories, with what the model predicts before this step's update. Every
+        rank moves its own, and learns of the others'."""
+        model, mine, own = self.job.model, self.job.mine, self.underway
+        text = model.encode([self.prompts[i] for i in batch.which])
+        both = torch.cat([model.encode([""]).expand_as(text), text])
+        with torch.no_grad():
+            nothing, asked = model.predict(batch.latents.repeat(2, 1, 1, 1), batch.t.repeat(2), both).chunk(2)
+        moved = torch.zeros_like(own.latents[trajectories])
+        moved[mine] = own.moved(trajectories[mine], asked, nothing)
+        own.move(batch.step, trajectories, self.job.total(moved))
 
     def _find(self, batch: Batch) -> tuple[dict[str, Tensor], list[Tensors]]:
         """Looks at the pictures: renews the mask when it is time to, and returns logs and CIP's gradient, if any."""
