@@ -307,32 +307,32 @@ class TRUST:
             (self.beta * (p * along[key]).sum() for along in pull for key, p in self.job.weights.items()),
             torch.zeros((), device=batch.latents.device),
         )
+        asked = None
         if self.previous == "redirection":
-            redirection = self._redirection(batch)
+            redirection, retention, asked = self._previous(batch)
             logs["redirection"] = redirection.detach()
             loss = loss + redirection
-        if batch.retain is not None:
-            retention = self._retention(batch.retain)
-            logs["retention"] = retention.detach()
-            loss = loss + self.retain * retention
+            if retention is not None:
+                logs["retention"] = retention.detach()
+                loss = loss + self.retain * retention
         if self.lr_decay:
             for group in self.adam.param_groups:
                 group["lr"] = self.lr * (1 - batch.step / self.steps)
         if batch.trajectories is not None:
-            self._move(batch, batch.trajectories)
+            self._move(batch, batch.trajectories, asked)
         self._update(loss)
         return logs
 
-    def _move(self, batch: Batch, trajectories: Tensor) -> None:
-        """A step of DDIM for the batch's trajectories, with what the model predicts before this step's update. Every
-        rank moves its own, and learns of the others'."""
+    def _move(self, batch: Batch, trajectories: Tensor, asked: Tensor | None) -> None:
+        """A step of DDIM for the batch's trajectories, as the model predicts before this step's update; asked (B, C, h,
+        w): its predictions with the prompts, if they are there. Every rank moves its own, and learns of the others'."""
         model, mine, own = self.job.model, self.job.mine, self.underway
-        text = model.encode([self.prompts[i] for i in batch.which])
-        both = torch.cat([model.encode([""]).expand_as(text), text])
         with torch.no_grad():
-            nothing, asked = model.predict(batch.latents.repeat(2, 1, 1, 1), batch.t.repeat(2), both).chunk(2)
+            if asked is None:
+                asked = model.predict(batch.latents, batch.t, model.encode([self.prompts[i] for i in batch.which]))
+            nothing = model.predict(batch.latents, batch.t, model.encode([""] * len(batch.t)))
         moved = torch.zeros_like(own.latents[trajectories])
-        moved[mine] = own.moved(trajectories[mine], asked, nothing)
+        moved[mine] = own.moved(trajectories[mine], asked.detach(), nothing)
         own.move(batch.step, trajectories, self.job.total(moved))
 
     def _find(self, batch: Batch) -> tuple[dict[str, Tensor], list[Tensors]]:
@@ -450,25 +450,27 @@ class TRUST:
 
     # --- the previous loss
 
-    def _redirection(self, batch: Batch) -> Tensor:
-        """SalUn's: the concept's prompt gets the prediction that the unedited model makes for the anchor's."""
-        model = self.job.model
-        with torch.no_grad():
-            anchor = model.encode([self.anchors[i] for i in batch.which])
-            goal = model.predict(batch.latents, batch.t, anchor, weights=self.job.base)
-        text = model.encode([self.prompts[i] for i in batch.which])
-        return F.mse_loss(model.predict(batch.latents, batch.t, text), goal)
+    def _previous(self, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor]:
+        """SalUn's two terms, and the predictions (B, C, h, w) for the concept's prompts.
 
-    def _retention(self, noised: Noised) -> Tensor:
-        """SalUn's: predict the noise in pictures of what must stay; or, `teacher`, what the unedited model predicts."""
-        assert self.paintings is not None
-        model = self.job.model
-        text = model.encode([self.paintings.prompts[i] for i in noised.which.tolist()])
-        goal = noised.noise
-        if self.retain_goal == "teacher":
-            with torch.no_grad():
-                goal = model.predict(noised.latents, noised.t, text, weights=self.job.base)
-        return F.mse_loss(model.predict(noised.latents, noised.t, text), goal)
+        Redirection: these are to be what the unedited model predicts for the anchor's prompts. Retention, if there is
+        any: predict the noise in pictures of what must stay; or, `teacher`, what the unedited model predicts.
+        """
+        model, kept, n = self.job.model, batch.retain, len(batch.t)
+        x, t, text = batch.latents, batch.t, [self.prompts[i] for i in batch.which]
+        goals = [self.anchors[i] for i in batch.which]
+        if kept is not None and self.paintings is not None:
+            x, t = torch.cat([x, kept.latents]), torch.cat([t, kept.t])
+            retained = [self.paintings.prompts[i] for i in kept.which.tolist()]
+            text, goals = text + retained, goals + retained
+        with torch.no_grad():
+            rows = len(t) if self.retain_goal == "teacher" else n
+            goal = model.predict(x[:rows], t[:rows], model.encode(goals[:rows]), weights=self.job.base)
+        predicted = model.predict(x, t, model.encode(text))
+        redirection, retention = F.mse_loss(predicted[:n], goal[:n]), None
+        if kept is not None:
+            retention = F.mse_loss(predicted[n:], goal[n:] if self.retain_goal == "teacher" else kept.noise)
+        return redirection, retention, predicted[:n]
 
     def finish(self) -> Edit:
         job = self.job
