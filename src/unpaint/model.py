@@ -160,11 +160,18 @@ class TextToImage:
         - `not_cross_attention`: all but `attn2.*`, norms and time embedding included (ESD-u)
         - `all`: every parameter of the UNet
 
-        Raises UserError on an unknown name, or when this UNet has no such parameters.
+        Several, `cross_attention+feed_forward.out`: what is in any of them. Raises UserError on an unknown name, or
+        when this UNet has no such parameters.
         """
-        if name not in GROUPS:
-            raise UserError(f"unknown weight group '{name}', there are {', '.join(GROUPS)}{nearest(name, GROUPS)}")
-        found = {f"unet.{key}": p for key, p in self.pipe.unet.named_parameters() if _in_group(f".{key}", name)}
+        names = name.split("+")
+        for part in names:
+            if part not in GROUPS:
+                raise UserError(f"unknown weight group '{part}', there are {', '.join(GROUPS)}{nearest(part, GROUPS)}")
+        found = {
+            f"unet.{key}": p
+            for key, p in self.pipe.unet.named_parameters()
+            if any(_in_group(f".{key}", part) for part in names)
+        }
         if not found:
             raise UserError(f"model '{self.name}' has no weights in group '{name}'")
         return found

@@ -18,7 +18,16 @@ from unpaint.methods.concept_prune import ConceptPrune, filled, prunable
 from unpaint.sampling import noise
 
 Begun = Callable[..., tuple[ConceptPrune, list[Tensor]]]
-SMALL = ("method=concept_prune", "method.ratio=0.2", "method.steps=1", "method.batch_size=2")
+SMALL = (
+    "method=concept_prune",
+    "method.layers=feed_forward.out",
+    "method.ratio=0.2",
+    "method.margin=1",
+    "method.base=anchor",
+    "method.halves=both",
+    "method.steps=1",
+    "method.batch_size=2",
+)
 
 
 def painted(method: ConceptPrune) -> dict[str, Tensor]:
@@ -29,7 +38,7 @@ def painted(method: ConceptPrune) -> dict[str, Tensor]:
 
     scheduler = DDIMScheduler.from_config(model.scheduler_config)
     scheduler.set_timesteps(sampler.steps)
-    sums = {key: torch.zeros(2, sampler.steps, weight.shape[1]) for key, weight in job.weights.items()}
+    sums = {key: torch.zeros(2, sampler.steps, weight.shape[1]) for key, weight in method.matrices.items()}
     layers = dict(pipe.unet.named_modules())
     where: list[int] = [0, 0]
 
@@ -78,6 +87,7 @@ def chosen(
     [
         (),
         ("method.halves=conditional", "method.margin=1.001"),
+        ("method.layers=cross_attention+feed_forward.out", "method.halves=conditional", "method.base=retained"),
         ("method.select_ratio=0.5", "method.base=context", "concept=mosaic"),
     ],
 )
@@ -90,7 +100,7 @@ def test_the_mask_is_that_of_plain_loops_over_whole_paintings(options: tuple[str
     assert method.own is not None
     parts = method.own.sums[0].split(method.widths, dim=2)
     pruned = 0
-    for (key, weight), part in zip(method.job.weights.items(), parts, strict=True):
+    for (key, weight), part in zip(method.matrices.items(), parts, strict=True):
         # The last two of the four calls were never painted: the first two are the same as in whole paintings.
         torch.testing.assert_close(part, sums[key][:, :2], rtol=1e-4, atol=1e-5)
         expected = torch.tensor(chosen(weight, sums[key], 2, method.ratio, method.select_ratio, method.margin))

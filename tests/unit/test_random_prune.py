@@ -30,15 +30,21 @@ def test_weights_are_zero_during_the_run_and_the_edit_says_where(begun: Begun) -
     method, _ = begun("method=random_prune", "method.share=0.1")
     (masks,) = method.batches(0)
     method.step(masks)
-    assert masks.keys() == method.job.base.keys()
-    for key, weight in method.job.weights.items():
+    matrices = {key: weight for key, weight in method.job.weights.items() if weight.dim() == 2}
+    assert masks.keys() == matrices.keys() and any(".attn2." in key for key in masks)
+    for key, weight in matrices.items():
         assert int(masks[key].sum()) == round(0.1 * weight.numel())
         assert weight.detach().equal(method.job.base[key].masked_fill(masks[key], 0))
     edit = method.finish()
     assert not edit.delta and all(edit.zero[key].equal(mask) for key, mask in masks.items())
     assert edit.changed_parameters == sum(int(mask.sum()) for mask in masks.values())
     edit.apply(method.job.model.pipe)  # refuses any base but the one that it was made of
-    assert all(not bool(weight[masks[key]].any()) for key, weight in method.job.weights.items())
+    assert all(not bool(weight[masks[key]].any()) for key, weight in matrices.items())
+
+
+def test_an_unknown_group_is_refused() -> None:
+    with pytest.raises(UserError, match=r"method\.layers .*did you mean feed_forward.out"):
+        instantiate(compose(["method=random_prune", "method.layers=cross_attention+feed_forward.outt"]).method)
 
 
 @pytest.mark.parametrize("share", ["0", "1.5"])

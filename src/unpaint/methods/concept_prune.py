@@ -21,6 +21,7 @@ from unpaint.methods.base import Job, checked_mode
 from unpaint.sampling import Sampler, denoise_to, seed_of
 
 CHOICES = {
+    "layers": ("feed_forward.out", "cross_attention", "cross_attention+feed_forward.out"),
     "base": ("anchor", "context", "retained"),
     "halves": ("both", "conditional"),
     "fill": ("zero", "mean", "resample"),
@@ -50,7 +51,9 @@ class Sums(nn.Module):
 
 
 class ConceptPrune:
-    """`ratio` of each row's inputs may be pruned in each of the first `tau` of `sampling_steps` denoising calls; a
+    """`layers`: whose matrices are pruned, groups of `TextToImage.group`; the paper's are `feed_forward.out`.
+
+    `ratio` of each row's inputs may be pruned in each of the first `tau` of `sampling_steps` denoising calls; a
     weight is pruned if that happens in more than `select_ratio` of them (0: in any). Its target score must be more than
     `margin` times its base score (1: the paper).
 
@@ -61,11 +64,10 @@ class ConceptPrune:
     `batch_size` pairs are painted, which the members of a concept set share; what any of them prunes is pruned.
     """
 
-    group = "feed_forward.out"
-
     def __init__(
         self,
         name: str,
+        layers: str,
         ratio: float,
         tau: int,
         select_ratio: float,
@@ -80,7 +82,7 @@ class ConceptPrune:
         batch_size: int,
         mode: str,
     ) -> None:
-        for option, value in (("base", base), ("halves", halves), ("fill", fill)):
+        for option, value in (("layers", layers), ("base", base), ("halves", halves), ("fill", fill)):
             known = CHOICES[option]
             if value not in known:
                 raise UserError(f"method.{option} is {', '.join(known)}, not '{value}'{nearest(value, known)}")
@@ -96,6 +98,7 @@ class ConceptPrune:
             raise UserError("method.steps and method.batch_size must be at least 1")
         self.name = name
         self.mode = checked_mode(name, mode, ("joint", "composed"))
+        self.group = layers
         self.ratio = ratio
         self.tau = tau
         self.select_ratio = select_ratio
@@ -119,10 +122,11 @@ class ConceptPrune:
         if self.batch_size % (job.mine.step or 1):
             raise UserError(f"method.batch_size={self.batch_size} does not divide over {job.mine.step} processes")
         unet = job.model.pipe.unet
+        self.matrices = {key: weight for key, weight in job.weights.items() if weight.dim() == 2}
         self.layers: dict[str, nn.Module] = {
-            key: unet.get_submodule(key.removeprefix("unet.").removesuffix(".weight")) for key in job.weights
+            key: unet.get_submodule(key.removeprefix("unet.").removesuffix(".weight")) for key in self.matrices
         }
-        self.widths = [weight.shape[1] for weight in job.weights.values()]
+        self.widths = [weight.shape[1] for weight in self.matrices.values()]
         if int(self.ratio * max(self.widths)) < 1:
             raise UserError(f"method.ratio={self.ratio} prunes nothing: a row has {max(self.widths)} inputs at most")
         self.pairs = [self._pairs(member) for member in job.concept.members]
@@ -190,7 +194,7 @@ class ConceptPrune:
         assert self.own is not None
         masks = {}
         parts = self.own.sums.split(self.widths, dim=3)
-        for (key, weight), part in zip(self.job.weights.items(), parts, strict=True):
+        for (key, weight), part in zip(self.matrices.items(), parts, strict=True):
             mask = torch.zeros_like(weight, dtype=torch.bool)
             for target, base in part.to(weight.device):
                 mask |= prunable(weight.detach(), target, base, self.ratio, self.select_ratio, self.margin)

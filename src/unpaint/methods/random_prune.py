@@ -9,23 +9,28 @@ from torch.optim import Optimizer
 
 from unpaint.concepts import AnyConcept
 from unpaint.edit import Edit
-from unpaint.errors import UserError
+from unpaint.errors import UserError, nearest
 from unpaint.methods.base import Job, checked_mode
+from unpaint.model import GROUPS
 from unpaint.sampling import seed_of
 
 
 class RandomPrune:
-    """`share` of each weight of the second feed-forward layers becomes zero; which ones, the seed alone decides."""
+    """`share` of each matrix of the group `layers` (`TextToImage.group`) becomes zero; the seed alone decides which
+    ones."""
 
-    group = "feed_forward.out"
     steps = 1
     own = None
 
-    def __init__(self, name: str, share: float, mode: str) -> None:
+    def __init__(self, name: str, layers: str, share: float, mode: str) -> None:
+        for part in layers.split("+"):
+            if part not in GROUPS:
+                raise UserError(f"method.layers is {', '.join(GROUPS)}, not '{part}'{nearest(part, GROUPS)}")
         if not 0 < share <= 1:
             raise UserError(f"method.share is above 0 and at most 1, not {share:g}")
         self.name = name
         self.mode = checked_mode(name, mode, ("joint",))
+        self.group = layers
         self.share = share
 
     def check(self, concept: AnyConcept) -> None:
@@ -42,12 +47,14 @@ class RandomPrune:
             yield self._masks()
 
     def _masks(self) -> dict[str, Tensor]:
-        return {key: random_mask(weight.shape, self.share, self.job.seed, key) for key, weight in self.job.base.items()}
+        matrices = {key: weight.shape for key, weight in self.job.base.items() if weight.dim() == 2}
+        return {key: random_mask(shape, self.share, self.job.seed, key) for key, shape in matrices.items()}
 
     def step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         with torch.no_grad():
-            for key, parameter in self.job.weights.items():
-                parameter.masked_fill_(batch[key].to(parameter.device), 0)
+            for key, mask in batch.items():
+                parameter = self.job.weights[key]
+                parameter.masked_fill_(mask.to(parameter.device), 0)
         return {}
 
     def finish(self) -> Edit:
