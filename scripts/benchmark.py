@@ -2,6 +2,7 @@
 
 python scripts/benchmark.py painting    sampling.paint against diffusers' own pipeline, one by one and as a list
 python scripts/benchmark.py latents     ESD with latents drawn afresh each step against stored and moving trajectories
+python scripts/benchmark.py methods     seconds to UA 95 % of TRUST against full fine-tuning and SalUn
 python scripts/benchmark.py memory      peak memory of scoring 10,000 pictures against that of scoring 100
 """
 
@@ -107,6 +108,31 @@ def latents(concept: str = "cat") -> dict[str, object]:
     return out
 
 
+def methods(concept: str = "cat") -> dict[str, object]:
+    """Erase seconds until UA first reaches 95 % (looked for 20 times on the way) and in all, each from nothing: what
+    another run has painted is not used. `never`: the probes did not see 95 %."""
+    ways = {
+        "trust": ["method=trust"],
+        "esd all": ["method=esd", "method.variant=all"],
+        "esd x": ["method=esd"],
+        "salun": ["method=salun"],
+    }
+    out: dict[str, object] = {}
+    until: dict[str, float | None] = {}
+    for name, options in ways.items():
+        with tempfile.TemporaryDirectory() as folder:
+            record = run(compose([*options, f"concept={concept}", "probes=20", "logger=none", f"outputs={folder}"]))
+        until[name] = record.cost["seconds_to_ua95"]
+        out[f"{name}: seconds to UA 95 %"] = until[name] or "never"
+        out[f"{name}: erase seconds"] = record.cost["erase_seconds"]
+        ua = record.metrics["erasure/ua"]
+        out[f"{name}: erasure/ua"] = "{value:.3f} [{low:.3f}, {high:.3f}]".format(**ua)
+    own = until.pop("trust")
+    for name, seconds in until.items():
+        out[f"{name} / trust"] = round(seconds / own, 2) if seconds and own else "one of them never"
+    return out
+
+
 class Cheap:
     """A detector and a reader in one, that costs next to nothing: 160 numbers from an 8 x 8 thumbnail."""
 
@@ -188,11 +214,16 @@ def memory() -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("painting", "latents", "memory"))
+    parser.add_argument("what", choices=("painting", "latents", "methods", "memory"))
     parser.add_argument("--concept", default="cat")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON, too")
     args = parser.parse_args()
-    ways = {"painting": painting, "latents": lambda: latents(args.concept), "memory": memory}
+    ways = {
+        "painting": painting,
+        "latents": lambda: latents(args.concept),
+        "methods": lambda: methods(args.concept),
+        "memory": memory,
+    }
     figures = ways[args.what]()
     print(json.dumps(figures, indent=2))
     if args.out:
