@@ -2,7 +2,7 @@
 
     python scripts/tuning_table.py outputs > docs/results/tuning.csv
 
-One line a run. Rates are those of the edited model; `kept_in_domain` and `kept_cross_domain` are its IRA and CRA over the
+One line a run. `ua` is a rate of the edited model; `kept_in_domain` and `kept_cross_domain` are its IRA and CRA over the
 unedited model's. `options` are those of the method that all its trials do not share.
 """
 
