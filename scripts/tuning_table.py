@@ -2,8 +2,8 @@
 
     python scripts/tuning_table.py outputs > docs/results/tuning.csv
 
-One line a run. `ua` is a rate of the edited model; `kept_in_domain` and `kept_cross_domain` are its IRA and CRA over the
-unedited model's. `options` are those of the method that all its trials do not share.
+One line a run. `ua` is that of the edited model; `kept_in_domain` and `kept_cross_domain` are its IRA and CRA over
+those of the unedited one. `options` are those of the method that all its trials do not share.
 """
 
 import sys
