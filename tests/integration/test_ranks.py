@@ -6,12 +6,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
+from unpaint.config import conf_dir
 from unpaint.edit import Edit
 
 WORKER = Path(__file__).with_name("ranks_worker.py")
+METHODS_WORKER = Path(__file__).with_name("methods_worker.py")
+METHODS = sorted(file.stem for file in (conf_dir() / "method").glob("*.yaml"))
 SMALL = [
     "concept=mosaic",
     "logger=none",
@@ -49,6 +53,31 @@ def test_gradients_and_edit(tmp_path: Path) -> None:
 
     difference = {key: alone.delta[key] - shared.delta[key] for key in alone.delta}
     assert norm(difference) < 0.01 * norm(alone.delta)
+
+
+@pytest.fixture(scope="module")
+def edits(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders `1` and `2`, of so many processes; in each one a method with the edit of every rank."""
+    folder = tmp_path_factory.mktemp("methods")
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for world, launcher in (("1", []), ("2", two)):
+        command = [sys.executable, *launcher, METHODS_WORKER, folder / world, tiny_pipeline_folder, world]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_on_two_ranks(method: str, edits: Path) -> None:
+    first, second = (edits / "2" / method / f"edit-{rank}.safetensors" for rank in (0, 1))
+    assert first.read_bytes() == second.read_bytes()
+    alone, shared = Edit.load(edits / "1" / method / "edit-0.safetensors"), Edit.load(first)
+    assert alone.delta.keys() == shared.delta.keys() and alone.zero.keys() == shared.zero.keys()
+    difference = {key: alone.delta[key] - shared.delta[key] for key in alone.delta}
+    assert norm(difference) <= 0.01 * norm(alone.delta)
+    # A weight on the edge of a threshold may fall on either side.
+    other = sum(int((alone.zero[key] ^ shared.zero[key]).sum()) for key in alone.zero)
+    assert other <= 0.01 * alone.changed_parameters
 
 
 def run(outputs: Path, *options: str) -> dict[str, Any]:
