@@ -303,6 +303,7 @@ def _made(
 ) -> tuple[Any, dict[str, Any]]:
     """Runs the method once: the edit and its cost. `start` is the edit that it goes on from."""
     from unpaint.training.erasing import Erasing, Probe, SaveState, ShowProgress
+    from unpaint.training.leaving import Leaving
 
     cfg = this.cfg
     name = "last" if concept is this.concept else concept.name
@@ -310,12 +311,13 @@ def _made(
     state.parent.mkdir(parents=True, exist_ok=True)
     assert this.method is not None
     module = Erasing(this.method, model, concept, int(cfg.seed), identity(cfg), this.cache, beside, start)
-    callbacks = [ShowProgress(f"erasing {concept.target} with {this.method.name}")]
+    callbacks: list[Any] = [ShowProgress(f"erasing {concept.target} with {this.method.name}")]
     probed = cfg.probes and concept is this.concept
     if probed:
         accuracy = lambda: this.evaluator.unlearning_accuracy(model, concept, int(cfg.seed))  # noqa: E731
         callbacks.append(Probe(cfg.probes, accuracy))
-    callbacks.append(SaveState(state, cfg.checkpoint_seconds))
+    save_state = SaveState(state, cfg.checkpoint_seconds)
+    callbacks += [save_state, Leaving(save_state.save)]
     part = "" if concept is this.concept else f"{concept.name}_"
     curves = f"{part}from_step_{_steps_in(state) if cfg.logger.name == 'csv' else 0}"
     logger = new_logger(cfg, this.folder, run_id(cfg), curves)
@@ -370,11 +372,12 @@ def _peak_memory() -> int:
 def _evaluated(this: Run, model: Any, edit_file: Path, record: RunRecord) -> None:
     """Paints what is missing, unedited and edited, and fills the record."""
     from unpaint.edit import Edit
+    from unpaint.training.leaving import Leaving
     from unpaint.training.painting import paint_all
 
     cfg, evaluator = this.cfg, this.evaluator
     # Always in the model's own precision: what is measured must not depend on how it was trained.
-    trainer = new_trainer(cfg, this.folder, [], precision="32-true")
+    trainer = new_trainer(cfg, this.folder, [Leaving()], precision="32-true")
     model.to(trainer.strategy.root_device)
     store = PictureStore(this.cache)
     batches: list[Batch] = evaluator.plan(this.concept, int(cfg.seed))
@@ -386,7 +389,7 @@ def _evaluated(this: Run, model: Any, edit_file: Path, record: RunRecord) -> Non
     edited = picture_key(model, edit.id)
     edit.apply(model.pipe)
     try:
-        trainer = new_trainer(cfg, this.folder, [], precision="32-true")
+        trainer = new_trainer(cfg, this.folder, [Leaving()], precision="32-true")
         answers = [batch for batch in batches if batch.answers is None]
         paint_all(trainer, evaluator, model, store, edited, answers, "painting, edited")
     finally:

@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger
@@ -21,6 +22,9 @@ def new_trainer(
     _quiet()
     arguments: dict[str, Any] = {**OmegaConf.to_container(cfg.trainer, resolve=True), **more}  # type: ignore[dict-item]
     try:
+        if SLURMEnvironment.detect():
+            # See `Leaving`: Lightning is not to requeue the job.
+            arguments.setdefault("plugins", SLURMEnvironment(auto_requeue=False))
         return Trainer(
             **arguments,
             max_epochs=1,
@@ -102,5 +106,6 @@ def _quiet() -> None:
         ".*GPU available but.*",
         ".*predict returned None.*",
         ".*across ranks is zero.*",
+        ".*`srun` command is available.*",
     ):
         warnings.filterwarnings("ignore", message=text)
