@@ -258,11 +258,11 @@ def _job_of(sweep: "Sweep", command: str, cfg: "DictConfig") -> list[float] | No
         try:
             folder = run_folder(cfg)
             job.folder = str(folder)
-            was_there = command != "erase" and not cfg.force and known(folder)
+            was_there = command != "erase" and not cfg.part and not cfg.force and known(folder)
             if cfg.logger.name == "wandb" and cfg.logger.group is None:
                 cfg.logger.group = sweep.name
             record = _job(command, cfg)
-            if command != "erase":
+            if record is not None and command != "erase":
                 job.values = {name: record.metrics.get(name, {}).get("value") for name in cfg.objectives}
             job.status = "was complete" if was_there else "complete"
         except Exception as error:
@@ -282,6 +282,8 @@ def _job(command: str, cfg: "DictConfig") -> Any:
     _join_ranks()
     from unpaint import run
 
+    if cfg.part:
+        return run.paint_part(cfg)
     return {"run": run.run, "erase": run.erase, "evaluate": run.evaluate}[command](cfg)
 
 

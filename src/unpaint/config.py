@@ -347,6 +347,9 @@ def _check_whole(cfg: DictConfig, command: str | None) -> None:
         raise UserError("evaluate needs an edit file: unpaint evaluate edit=outputs/.../edit.safetensors")
     if command != "evaluate" and whole.get("edit"):
         raise UserError(f"edit={whole.edit}: {command} makes its own edit; to measure a finished one: unpaint evaluate")
+    if command == "erase" and whole.part:
+        raise UserError(f"part={whole.part}: a share of an evaluation's pictures; erase makes none")
+    part_of(whole)
     if str(whole.concept.get("_target_")).startswith("unpaint.concepts."):
         concept = instantiate(whole.concept)  # pure data: it says at once if it contradicts itself
         if command != "erase" or whole.probes:
@@ -493,6 +496,16 @@ def _check_target(target: str, plugins: Iterable[str]) -> None:
         raise UserError(
             f"_target_: {target} is outside {_packages(plugins)}; if you trust it, add the package: plugins=[{package}]"
         )
+
+
+def part_of(cfg: DictConfig) -> slice | None:
+    """Which of the batches the share `cfg.part` is, None for all. Raises UserError for what is no share."""
+    if not cfg.part:
+        return None
+    found = re.fullmatch(r"(\d+)/(\d+)", str(cfg.part))
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise UserError(f"part={cfg.part}: expected a share like 1/8, the first of eight, to 8/8")
+    return slice(int(found[1]) - 1, None, int(found[2]))
 
 
 # --- identity
