@@ -121,7 +121,7 @@ def show(sweep: Sweep, jobs: Sequence[Job], front: bool = False, console: "Conso
         console.print(f"★ Pareto set of {', '.join(names)}: {len(best)} of {len(jobs)} jobs")
     for job in jobs:
         if job.status == "failed":
-            console.print(f"job {job.number} failed: {job.error}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"failed, job {job.number}: {job.error}", markup=False, highlight=False, soft_wrap=True)
     computed = [job.seconds for job in jobs if job.status == "complete"]
     if len(computed) > 1:
         rest = sorted(computed[1:])[len(computed[1:]) // 2]

@@ -52,7 +52,7 @@ def test_a_sweep_goes_on_past_a_failed_job(cluster: Cluster, small: list[str], t
     assert "1 of 2 jobs failed" in errors
     table = re.sub(r"\s+", " ", out)
     assert "model.dtype=float32" in table and "complete" in table
-    assert "job 1 failed: model.dtype=float16: what is trained stays in float32" in table
+    assert "failed, job 1: model.dtype=float16: what is trained stays in float32" in table
     assert only_record(tmp_path)[1]["status"] == "complete"
 
 
