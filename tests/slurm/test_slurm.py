@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SCRIPTS, Cluster  # type: ignore[attr-defined]
 
 pytestmark = pytest.mark.slurm
+
+SCRIPTS = Path(__file__).parents[2] / "scripts" / "slurm"
 
 # Long enough for a signal to arrive in the middle; the state is saved when told, and never by the clock.
 LONG = ["method.steps=200", "checkpoint_seconds=3600"]
@@ -45,7 +46,7 @@ def whole(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[b
     return (folder / "edit.safetensors").read_bytes(), record["metrics"]
 
 
-def test_a_sweep_goes_on_past_a_failed_job(cluster: Cluster, small: list[str], tmp_path: Path) -> None:
+def test_a_sweep_goes_on_past_a_failed_job(cluster: Any, small: list[str], tmp_path: Path) -> None:
     process = unpaint("run", *small, *SUBMITTED, "model.dtype=float32,float16", f"outputs={tmp_path}")
     out, errors = process.communicate()
     assert process.returncode == 1, errors
@@ -56,7 +57,7 @@ def test_a_sweep_goes_on_past_a_failed_job(cluster: Cluster, small: list[str], t
     assert only_record(tmp_path)[1]["status"] == "complete"
 
 
-def test_two_tasks_are_two_ranks(cluster: Cluster, small: list[str], tmp_path: Path) -> None:
+def test_two_tasks_are_two_ranks(cluster: Any, small: list[str], tmp_path: Path) -> None:
     before = cluster.jobs()
     ranks = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
     process = unpaint("run", *small, *SUBMITTED, *ranks, f"outputs={tmp_path}")
@@ -69,7 +70,7 @@ def test_two_tasks_are_two_ranks(cluster: Cluster, small: list[str], tmp_path: P
 
 
 def test_preempted_under_submitit(
-    cluster: Cluster, small: list[str], whole: tuple[bytes, dict[str, Any]], tmp_path: Path
+    cluster: Any, small: list[str], whole: tuple[bytes, dict[str, Any]], tmp_path: Path
 ) -> None:
     before = cluster.jobs()
     process = unpaint("run", *small, *LONG, *SUBMITTED, f"outputs={tmp_path}")
@@ -85,7 +86,7 @@ def test_preempted_under_submitit(
 
 
 def test_requeued_under_sbatch(
-    cluster: Cluster, small: list[str], whole: tuple[bytes, dict[str, Any]], tmp_path: Path
+    cluster: Any, small: list[str], whole: tuple[bytes, dict[str, Any]], tmp_path: Path
 ) -> None:
     template = [SCRIPTS / "run.sbatch", *small, *LONG, f"outputs={tmp_path}"]
     number = cluster.run("sbatch", "--parsable", "--cpus-per-task=1", *template)
@@ -109,7 +110,7 @@ def same_as_whole(outputs: Path, whole: tuple[bytes, dict[str, Any]]) -> None:
     assert not (folder / "checkpoints").exists()
 
 
-def test_an_array_has_a_config_a_task(cluster: Cluster, small: list[str], tmp_path: Path) -> None:
+def test_an_array_has_a_config_a_task(cluster: Any, small: list[str], tmp_path: Path) -> None:
     (tmp_path / "configs.txt").write_text("method=none seed=0\nmethod=none seed=1\n")
     shared = [option for option in small if not option.startswith("method.")]
     options = ["--parsable", "--cpus-per-task=1", "--array=1-2"]
@@ -122,7 +123,7 @@ def test_an_array_has_a_config_a_task(cluster: Cluster, small: list[str], tmp_pa
     assert all(record["status"] == "complete" and record["method"] == "none" for record in records)
 
 
-def test_erased_painted_in_parts_and_put_together(cluster: Cluster, small: list[str], tmp_path: Path) -> None:
+def test_erased_painted_in_parts_and_put_together(cluster: Any, small: list[str], tmp_path: Path) -> None:
     said = cluster.run(
         SCRIPTS / "erase_evaluate.sh", *small, f"outputs={tmp_path}", PARTS="2", SBATCH_OPTIONS="--cpus-per-task=1"
     )
