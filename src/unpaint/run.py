@@ -303,7 +303,7 @@ def _erased(this: Run, model: Any, track: Tracking) -> dict[str, Any]:
     assert this.method is not None
     members = this.concept.members
     if len(members) == 1 or this.method.mode == "joint":
-        edit, cost = _made(this, model, track, this.concept)
+        edit, cost = _made(this, model, this.concept, track)
     else:
         edit, cost = _made_in_parts(this, model, track, members)
     if is_rank_zero():
@@ -327,7 +327,7 @@ def _made_in_parts(this: Run, model: Any, track: Tracking, members: tuple[Concep
             edit, cost = Edit.load(file), json.loads(cost_file.read_text())
         except (UserError, OSError, ValueError):
             others = () if one_by_one else members[:i] + members[i + 1 :]
-            edit, cost = _made(this, model, track, member, others, edits[-1] if one_by_one and edits else None)
+            edit, cost = _made(this, model, member, track, others, edits[-1] if one_by_one and edits else None)
             if is_rank_zero():
                 edit.save(file)
                 write_json(cost_file, cost)
@@ -351,8 +351,8 @@ def _cost_of_all(costs: list[dict[str, Any]], edit: Any) -> dict[str, Any]:
 def _made(
     this: Run,
     model: Any,
-    track: Tracking,
     concept: AnyConcept,
+    track: Tracking,
     beside: tuple[Concept, ...] = (),
     start: Any = None,
 ) -> tuple[Any, dict[str, Any]]:
