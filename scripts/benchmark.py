@@ -4,10 +4,13 @@ python scripts/benchmark.py painting    sampling.paint against diffusers' own pi
 python scripts/benchmark.py latents     ESD with latents drawn afresh each step against stored and moving trajectories
 python scripts/benchmark.py methods     seconds to UA 95 % of TRUST against full fine-tuning and SalUn
 python scripts/benchmark.py memory      peak memory of scoring 10,000 pictures against that of scoring 100
+python scripts/benchmark.py ranks       an evaluation by one process against two, one thread each; and what they find
+python scripts/benchmark.py sweep       the first job of a sweep against the second, which shares what is the same
 """
 
 import argparse
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -212,17 +215,73 @@ def memory() -> dict[str, object]:
     return out
 
 
+def ranks(rounds: int = 3, *more: str) -> dict[str, object]:
+    """Seconds of painting and scoring the edited model's pictures, median of `rounds`, the two ways taking turns."""
+    seconds: dict[int, list[float]] = {1: [], 2: []}
+    metrics: dict[int, dict[str, float]] = {}
+    options = ["trainer.accelerator=cpu", "logger=none", "+metric@evaluator.metrics.fid=fid", *more]
+    with tempfile.TemporaryDirectory() as folder:
+        _unpaint("erase", "method=uce", "trainer=cpu", "logger=none", "probes=0", f"outputs={folder}/edit")
+        (edit,) = Path(folder, "edit").glob("*/*/*/*/edit.safetensors")
+        for i in range(rounds):
+            for world in (1, 2):
+                outputs = Path(folder, f"{world}-{i}")
+                trainer = ["trainer=ddp", "trainer.devices=2"] if world == 2 else ["trainer=cpu"]
+                _unpaint("evaluate", f"edit={edit}", *trainer, *options, f"outputs={outputs}")
+                (file,) = outputs.glob("*/*/*/*/record.json")
+                record = json.loads(file.read_text())
+                assert record["cost"]["world_size"] == world
+                seconds[world].append(record["cost"]["evaluate_seconds"])
+                metrics[world] = {name: metric["value"] for name, metric in record["metrics"].items()}
+    median = {world: statistics.median(times) for world, times in seconds.items()}
+    return {
+        "one process, seconds": seconds[1],
+        "two processes, seconds": seconds[2],
+        "one / two": round(median[1] / median[2], 2),
+        "all metrics the same": metrics[1] == metrics[2],
+        "FID": [metrics[world]["fidelity/fid"] for world in (1, 2)],
+    }
+
+
+def _unpaint(*arguments: str) -> None:
+    """The command, in a process of its own, with one thread; Lightning's processes inherit that."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-m", "unpaint", *arguments], env=environment, check=True, stdout=subprocess.PIPE)
+
+
+def sweep(*more: str) -> dict[str, object]:
+    """Three jobs of one process: a method, the same with another rate, and the same on another object. `processor`:
+    what they took of it, all threads together, whatever else the machine does."""
+    jobs = {"first": ["method.lr=1e-3"], "other rate": ["method.lr=2e-3"], "other object": ["concept=dog"]}
+    out: dict[str, object] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, options in jobs.items():
+            started, processor = time.perf_counter(), time.process_time()
+            record = run(compose([*options, "probes=0", "logger=none", f"outputs={folder}", *more]))
+            out[name] = {
+                "seconds": round(time.perf_counter() - started, 1),
+                "processor": round(time.process_time() - processor, 1),
+                "of that erasing": record.cost["erase_seconds"],
+            }
+    return out
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("painting", "latents", "methods", "memory"))
+    parser.add_argument("what", choices=("painting", "latents", "methods", "memory", "ranks", "sweep"))
     parser.add_argument("--concept", default="cat")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON, too")
+    parser.add_argument(
+        "--override", nargs="*", default=[], help="of ranks and sweep: config overrides, for a smaller run"
+    )
     args = parser.parse_args()
-    ways = {
+    ways: dict[str, Callable[[], dict[str, object]]] = {
         "painting": painting,
         "latents": lambda: latents(args.concept),
         "methods": lambda: methods(args.concept),
         "memory": memory,
+        "ranks": lambda: ranks(3, *args.override),
+        "sweep": lambda: sweep(*args.override),
     }
     figures = ways[args.what]()
     print(json.dumps(figures, indent=2))

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from unpaint.config import ConfTree
+    from unpaint.sweep import Sweep
 
 HELP = """\
 unpaint removes concepts from text-to-image diffusion models and measures what was removed and what it cost.
@@ -122,6 +124,8 @@ def _code(exit: SystemExit) -> int:
     # Lightning answers Ctrl-C by sys.exit(1).
     if isinstance(exit.__context__, KeyboardInterrupt):
         raise KeyboardInterrupt from exit
+    if exit.code == 128 + signal.SIGTERM:
+        print("unpaint: told to stop; the same command goes on from here", file=sys.stderr)
     if isinstance(exit.code, str):
         print(exit.code, file=sys.stderr)
     return exit.code if isinstance(exit.code, int) else int(exit.code is not None)
@@ -129,12 +133,18 @@ def _code(exit: SystemExit) -> int:
 
 def _report(error: BaseException) -> int:
     """Say on stderr what went wrong: a line if it is the user's or the disk's fault, else a traceback."""
-    line = str(error) if isinstance(error, UserError) else environment_fault(error)
+    line = _reason(error)
     if line is None:
         traceback.print_exception(error)
         return 1
-    print(f"unpaint: {' '.join(line.split())}", file=sys.stderr)
+    print(f"unpaint: {line}", file=sys.stderr)
     return 2
+
+
+def _reason(error: BaseException) -> str | None:
+    """The one line that says it all; None for a bug."""
+    line = str(error) if isinstance(error, UserError) else environment_fault(error)
+    return None if line is None else " ".join(line.split())
 
 
 # --- run, erase, evaluate: Hydra's
@@ -144,8 +154,9 @@ def _jobs(command: str, rest: list[str]) -> int:
     from hydra import version as hydra_version
     from hydra._internal.utils import _run_hydra, get_args_parser
 
-    from unpaint.config import HYDRA_VERSION_BASE, ConfTree, check
+    from unpaint.config import HYDRA_VERSION_BASE, ConfTree, check, quoted
     from unpaint.listing import own_folder
+    from unpaint.sweep import Sweep
 
     parser = get_args_parser()
     parser.prog = f"unpaint {command}"
@@ -172,18 +183,27 @@ def _jobs(command: str, rest: list[str]) -> int:
         print(f"{JOB_HELP[command]}\n{_choices(tree)}\n{HYDRA_HELP}", end="")
         return 0
     only_shows = args.cfg or args.info or args.hydra_help or args.shell_completion
+    sweep: Sweep | None = None
     if not (args.info or args.hydra_help or args.shell_completion):
-        check(args.overrides, None if only_shows else command, tree, multirun=args.multirun)
+        checked = check(args.overrides, None if only_shows else command, tree, multirun=args.multirun)
+        if not only_shows and checked.multirun:
+            sweep = Sweep.of(command, args.overrides, checked.sweep_root)
+            sweep.start()
+            args.overrides.append(f"hydra.sweep.dir={quoted(str(sweep.folder))}")
 
     results: list[int] = []
     args.config_path = None
 
-    def job(cfg: "DictConfig") -> None:
+    def job(cfg: "DictConfig") -> list[float] | None:
         # Nothing is raised into Hydra: it would print in its own way, and a failed job would end a sweep.
+        if sweep is not None:
+            return _job_of(sweep, command, cfg)
         try:
-            results.append(_job(command, cfg))
+            _job(command, cfg)
+            results.append(0)
         except Exception as error:
             results.append(_report(error))
+        return None
 
     hydra_version.setbase(HYDRA_VERSION_BASE)
     try:
@@ -195,10 +215,17 @@ def _jobs(command: str, rest: list[str]) -> int:
         return _code(exit)
     except ValueError as error:  # flags that do not go together
         raise UserError(str(error)) from error
-    if len(results) == 1:
-        return results[0]
-    if failed := sum(code != 0 for code in results):
-        print(f"unpaint: {failed} of {len(results)} jobs failed", file=sys.stderr)
+    return results[0] if sweep is None else _ended(sweep, checked.optimises)
+
+
+def _ended(sweep: "Sweep", optimises: bool) -> int:
+    """The table of a sweep, on stdout; the exit code."""
+    from unpaint.sweep import show
+
+    jobs = sweep.jobs()
+    show(sweep, jobs, front=optimises)
+    if failed := sum(job.status in ("failed", "running") for job in jobs):
+        print(f"unpaint: {failed} of {len(jobs)} jobs failed", file=sys.stderr)
     return int(failed > 0)
 
 
@@ -219,17 +246,53 @@ def _hydra_raises() -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = before
 
 
-def _job(command: str, cfg: "DictConfig") -> int:
+def _job_of(sweep: "Sweep", command: str, cfg: "DictConfig") -> list[float] | None:
+    """A job of a sweep, in whatever process: goes on past what fails. Returns what a sweeper may optimise."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from unpaint.config import run_folder
+    from unpaint.sweep import known
+
+    hydra = HydraConfig.get()
+    with sweep.job(int(hydra.job.num), list(hydra.overrides.task)) as job:
+        try:
+            folder = run_folder(cfg)
+            job.folder = str(folder)
+            was_there = command != "erase" and not cfg.part and not cfg.force and known(folder)
+            if cfg.logger.name == "wandb" and cfg.logger.group is None:
+                cfg.logger.group = sweep.name
+            record = _job(command, cfg)
+            if record is not None and command != "erase":
+                job.values = {name: record.metrics.get(name, {}).get("value") for name in cfg.objectives}
+            job.status = "was complete" if was_there else "complete"
+        except Exception as error:
+            job.status, job.error = "failed", _reason(error) or f"{type(error).__name__}: {error}"
+            _report(error)
+    values = [value for value in job.values.values() if value is not None]
+    return values if job.values and len(values) == len(job.values) else None
+
+
+def _job(command: str, cfg: "DictConfig") -> Any:
     if command == "evaluate":
         from hydra.core.hydra_config import HydraConfig
 
         from unpaint.config import adopt_edit
 
         adopt_edit(cfg, list(HydraConfig.get().overrides.task))
+    _join_ranks()
     from unpaint import run
 
-    {"run": run.run, "erase": run.erase, "evaluate": run.evaluate}[command](cfg)
-    return 0
+    if cfg.part:
+        return run.paint_part(cfg)
+    return {"run": run.run, "erase": run.erase, "evaluate": run.evaluate}[command](cfg)
+
+
+def _join_ranks() -> None:
+    """Under submitit without SLURM nothing tells Lightning which rank this process is."""
+    if os.environ.get("SUBMITIT_EXECUTOR") == "local":
+        from submitit.helpers import TorchDistributedEnvironment
+
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
 
 
 def _choices(tree: "ConfTree") -> str:

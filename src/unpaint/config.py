@@ -94,15 +94,29 @@ def _one_line(error: BaseException) -> str:
     parts = [str(error)] + ([str(error.__cause__)] if error.__cause__ is not None else [])
     lines = [line.strip() for part in parts for line in part.partition("Config search path:")[0].splitlines()]
     kept = [line for line in lines if line and not line.startswith(("full_key:", "object_type=", "See https"))]
-    return " ".join(dict.fromkeys(kept)) or type(error).__name__
+    text = " ".join(dict.fromkeys(kept)) or type(error).__name__
+    for plugin, extra in (("submitit", "slurm"), ("optuna", "sweep")):
+        if re.search(rf"Could not find 'hydra/\w+/{plugin}", text):
+            return f"this needs an optional part of unpaint: pip install 'unpaint[{extra}]' ({text})"
+    return text
 
 
 # --- checking
 
 
+@dataclass(frozen=True)
+class Checked:
+    """What a command line asks for: whether many jobs, below which folder sweeps keep theirs, and whether its sweeper
+    chooses the jobs by what they come to."""
+
+    multirun: bool
+    sweep_root: Path
+    optimises: bool
+
+
 def check(
     overrides: Sequence[str], command: str | None = None, tree: ConfTree | None = None, multirun: bool = False
-) -> None:
+) -> Checked:
     """Refuse a bad command line before torch is imported.
 
     Composes the config for every value that a discrete sweep takes (each value once, not every combination).
@@ -110,20 +124,28 @@ def check(
 
     Raises UserError: an option that a group does not have, an unknown key, a value of another type than the default
     that it replaces, a class outside the allowed packages, an unwritable `outputs`, a model folder that does not exist,
-    an edit file that is damaged or was made for another model.
+    an edit file that is damaged or was made for another model, jobs of several processes in a sweep without a cluster.
     """
     tree = tree or ConfTree.default()
     parsed = _parse(overrides, tree)
     choices = [_values(override, tree) for override in parsed]
     first = [lines[0] for lines in choices]
     loaded: dict[tuple[str, ...], DictConfig] = {}
-    mode = _check_one(first, command, tree, loaded)
+    cfg = _check_one(first, command, tree, loaded)
+    multirun = multirun or cfg.hydra.mode == RunMode.MULTIRUN
     swept = [override.input_line for override in parsed if override.is_sweep_override()]
-    if swept and not (multirun or mode == RunMode.MULTIRUN):
+    if swept and not multirun:
         raise UserError(f"{swept[0]} is a sweep: add -m to run all its values")
+    if command and multirun:
+        _check_ranks(cfg, cfg)
     for position, lines in enumerate(choices):
         for line in lines[1:]:
-            _check_one([*first[:position], line, *first[position + 1 :]], command, tree, loaded)
+            other = _check_one([*first[:position], line, *first[position + 1 :]], command, tree, loaded)
+            if command and multirun:
+                _check_ranks(other, cfg)
+    with _as_hydra_config(cfg):
+        root = Path(str(cfg.hydra.sweep.dir))
+    return Checked(multirun, root, "optuna" in str(cfg.hydra.sweeper.get("_target_")))
 
 
 def _parse(overrides: Sequence[str], tree: ConfTree) -> list[Override]:
@@ -162,8 +184,10 @@ def _listed(names: Iterable[str], most: int = 40) -> str:
     return ", ".join(every[:most]) + (", ..." if len(every) > most else "")
 
 
-def _check_one(lines: list[str], command: str | None, tree: ConfTree, loaded: dict[tuple[str, ...], DictConfig]) -> Any:
-    """Check one job; `loaded` remembers configs by their group choices. Returns `hydra.mode`."""
+def _check_one(
+    lines: list[str], command: str | None, tree: ConfTree, loaded: dict[tuple[str, ...], DictConfig]
+) -> DictConfig:
+    """Check one job; `loaded` remembers configs by their group choices. Returns the config, with Hydra's own node."""
     with refusals():
         overrides, repository = tree.loader()._parse_overrides_and_create_caching_repo(tree.name, lines)
     groups, values = [], []
@@ -187,7 +211,48 @@ def _check_one(lines: list[str], command: str | None, tree: ConfTree, loaded: di
         # As Hydra does it; composing everything again would take as long as the rest of the check.
         ConfigLoaderImpl._apply_overrides_to_config(values, cfg)
     _check_whole(cfg, command)
-    return cfg.hydra.mode
+    return cfg
+
+
+def _check_ranks(cfg: DictConfig, first: DictConfig) -> None:
+    """Whether a job of a sweep can have the processes that its trainer wants. `first`: the sweep's first job, whose
+    trainer the launcher's request is derived from."""
+    trainer = cfg.trainer
+    devices = trainer.devices
+    if str(cfg.hydra.launcher._target_).endswith("BasicLauncher"):
+        if devices not in (1, "1") or trainer.num_nodes != 1:
+            raise UserError(
+                f"trainer.devices={devices}, trainer.num_nodes={trainer.num_nodes} in a sweep: the processes that "
+                "Lightning starts would run the whole sweep again; cluster=local gives each job processes of its own "
+                "on this machine, cluster=slurm on a cluster; or one device a job: trainer.devices=1"
+            )
+        return
+    if not isinstance(devices, int) or devices < 1:
+        raise UserError(f"trainer.devices={devices}: with cluster=NAME it is a number, the processes of a node")
+    if "slurm" in str(cfg.hydra.launcher._target_).lower() and trainer.accelerator == "auto":
+        raise UserError(
+            "trainer.accelerator=auto: with cluster=slurm it decides whether GPUs are asked for; say trainer=gpu, "
+            "trainer=cpu or trainer.accelerator=gpu"
+        )
+    for key in ("devices", "num_nodes", "accelerator"):
+        if trainer[key] != first.trainer[key]:
+            raise UserError(
+                f"trainer.{key} is {first.trainer[key]} and {trainer[key]} in one sweep: the jobs that a launcher "
+                "submits are all of one size; make it two sweeps"
+            )
+
+
+def _gpus(accelerator: str, devices: Any) -> Any:
+    """What a job asks for on each node: as many GPUs as processes, or none."""
+    return devices if accelerator in ("gpu", "cuda") else None
+
+
+OmegaConf.register_new_resolver("unpaint.gpus", _gpus, replace=True)
+
+
+def quoted(text: str) -> str:
+    """A text as a value in Hydra's override grammar, whatever is in it."""
+    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", text) + "'"
 
 
 def _check_choice(override: Override, options: list[str], exists: Any) -> None:
@@ -282,6 +347,9 @@ def _check_whole(cfg: DictConfig, command: str | None) -> None:
         raise UserError("evaluate needs an edit file: unpaint evaluate edit=outputs/.../edit.safetensors")
     if command != "evaluate" and whole.get("edit"):
         raise UserError(f"edit={whole.edit}: {command} makes its own edit; to measure a finished one: unpaint evaluate")
+    if command == "erase" and whole.part:
+        raise UserError(f"part={whole.part}: a share of an evaluation's pictures; erase makes none")
+    part_of(whole)
     if str(whole.concept.get("_target_")).startswith("unpaint.concepts."):
         concept = instantiate(whole.concept)  # pure data: it says at once if it contradicts itself
         if command != "erase" or whole.probes:
@@ -428,6 +496,16 @@ def _check_target(target: str, plugins: Iterable[str]) -> None:
         raise UserError(
             f"_target_: {target} is outside {_packages(plugins)}; if you trust it, add the package: plugins=[{package}]"
         )
+
+
+def part_of(cfg: DictConfig) -> slice | None:
+    """Which of the batches the share `cfg.part` is, None for all. Raises UserError for what is no share."""
+    if not cfg.part:
+        return None
+    found = re.fullmatch(r"(\d+)/(\d+)", str(cfg.part))
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise UserError(f"part={cfg.part}: expected a share like 1/8, the first of eight, to 8/8")
+    return slice(int(found[1]) - 1, None, int(found[2]))
 
 
 # --- identity

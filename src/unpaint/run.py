@@ -21,7 +21,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from unpaint.concepts import AnyConcept, Concept
-from unpaint.config import edit_id, identity, instantiate, run_folder, run_id
+from unpaint.config import edit_id, identity, instantiate, model_folder, part_of, run_folder, run_id
 from unpaint.edit_header import read_header
 from unpaint.errors import UserError, environment_fault
 from unpaint.evaluation.heat import heat_map
@@ -32,7 +32,8 @@ from unpaint.methods.base import Method
 from unpaint.progress import close_all
 from unpaint.report.terminal import show
 from unpaint.results import FILE_NAME, RunLock, RunRecord, environment, write_json
-from unpaint.training.launch import close, is_rank_zero, mirror, new_logger, new_trainer
+from unpaint.training.launch import is_rank_zero, new_trainer
+from unpaint.training.tracking import Tracking, harmless, tracking
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,12 @@ def run(cfg: DictConfig) -> RunRecord:
     _check_judges(this)
     with _locked(this):
         if (record := _finished(this)) is None:
-            with _recording(this) as record:
-                model = _load(this)
-                record.cost.update(_erased(this, model))
-                _evaluated(this, model, this.edit_file, record)
-            _mirrored(this, record)
+            with tracking(cfg, this.folder, run_id(cfg), "run") as track:
+                with _recording(this) as record, _model(this) as model:
+                    record.cost.update(_erased(this, model, track))
+                    painted = _painted(this, model, this.edit_file)
+                    _evaluated(this, model, painted, record)
+                _mirrored(this, painted, record, track)
     return _shown(this, record)
 
 
@@ -80,7 +82,11 @@ def erase(cfg: DictConfig) -> Path:
         if cfg.force:
             _forget(this)
         if not _edit_is_there(this):
-            _erased(this, _load(this))
+            with tracking(cfg, this.folder, run_id(cfg), "erase") as track:
+                with _model(this) as model:
+                    _erased(this, model, track)
+                with harmless():
+                    track.edit(this.edit_file, edit_id(cfg))
     if is_rank_zero():
         print(this.edit_file)
     return this.edit_file
@@ -88,18 +94,40 @@ def erase(cfg: DictConfig) -> Path:
 
 def evaluate(cfg: DictConfig) -> RunRecord:
     """Evaluate the edit in `cfg.edit` on `cfg.concept`; the record says nothing of what the erasing cost."""
-    concept, evaluator = instantiate(cfg.concept, cfg.plugins), instantiate(cfg.evaluator, cfg.plugins)
-    this = Run(cfg, run_folder(cfg), concept, None, evaluator)
+    this = _given(cfg)
     _check_judges(this)
     with _locked(this):
         if (record := _finished(this)) is None:
-            with _recording(this) as record:
-                given = Path(str(cfg.edit)).expanduser()
-                if is_rank_zero() and not (this.edit_file.exists() and this.edit_file.samefile(given)):
-                    _copy(given, this.edit_file)
-                _evaluated(this, _load(this), given, record)
-            _mirrored(this, record)
+            with tracking(cfg, this.folder, run_id(cfg), "evaluate") as track:
+                with _recording(this) as record, _model(this) as model:
+                    given = Path(str(cfg.edit)).expanduser()
+                    if is_rank_zero() and not (this.edit_file.exists() and this.edit_file.samefile(given)):
+                        _copy(given, this.edit_file)
+                    painted = _painted(this, model, given)
+                    _evaluated(this, model, painted, record)
+                _mirrored(this, painted, record, track)
     return _shown(this, record)
+
+
+def paint_part(cfg: DictConfig) -> None:
+    """The share `cfg.part` of the pictures that `run` or `evaluate` would paint, into the shared cache; no record.
+
+    For jobs side by side; `run` or `evaluate` after them finds all pictures there. Raises UserError if the edit is yet
+    to be made.
+    """
+    this = _given(cfg) if cfg.edit else _prepared(cfg)
+    _check_judges(this)
+    share = part_of(cfg)
+    assert share is not None
+    if not cfg.edit and not _edit_is_there(this):
+        raise UserError(f"part={cfg.part}: there is no edit yet to paint with; make it with `unpaint erase` first")
+    try:
+        with _model(this) as model:
+            _painted(this, model, Path(str(cfg.edit)).expanduser() if cfg.edit else this.edit_file, share)
+    finally:
+        close_all()
+    if is_rank_zero():
+        print(f"painted part {cfg.part}")
 
 
 # --- before -------------------------------------------------------------------------------------------------------
@@ -115,6 +143,12 @@ def _prepared(cfg: DictConfig) -> Run:
             f"trainer.precision=bf16-mixed (or 16-mixed), not {cfg.trainer.precision}"
         )
     return Run(cfg, run_folder(cfg), concept, method, instantiate(cfg.evaluator, cfg.plugins))
+
+
+def _given(cfg: DictConfig) -> Run:
+    """The parts of a run that measures the edit in `cfg.edit`."""
+    concept, evaluator = instantiate(cfg.concept, cfg.plugins), instantiate(cfg.evaluator, cfg.plugins)
+    return Run(cfg, run_folder(cfg), concept, None, evaluator)
 
 
 def _check_judges(this: Run) -> None:
@@ -202,11 +236,27 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _load(this: Run) -> Any:
+_kept: dict[str, Any] = {}
+
+
+@contextmanager
+def _model(this: Run) -> Iterator[Any]:
+    """The run's model, unedited, on the CPU or where the last run of this process left it: a sweep loads it once."""
     from unpaint.model import load_model
 
     # The trainer moves it to its device.
-    return load_model({**this.cfg.model, "device": "cpu"})
+    wanted: dict[str, Any] = {**this.cfg.model, "device": "cpu"}
+    folder = model_folder(this.cfg.model)
+    files = sorted(folder.rglob("*.safetensors")) if folder else []
+    state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    key = json.dumps([wanted, state], sort_keys=True)
+    model = _kept.pop(key, None)
+    _kept.clear()
+    if model is None:
+        model = load_model(wanted)
+    yield model
+    # Not after an error, which may have left it half trained.
+    _kept[key] = model
 
 
 # --- erasing --------------------------------------------------------------------------------------------------------
@@ -241,7 +291,7 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, beside)
 
 
-def _erased(this: Run, model: Any) -> dict[str, Any]:
+def _erased(this: Run, model: Any, track: Tracking) -> dict[str, Any]:
     """Makes the edit unless it is there; returns its cost.
 
     A concept set takes one way of three, `method.mode`: `joint`, one edit for all members at once; `composed`, one edit
@@ -253,9 +303,9 @@ def _erased(this: Run, model: Any) -> dict[str, Any]:
     assert this.method is not None
     members = this.concept.members
     if len(members) == 1 or this.method.mode == "joint":
-        edit, cost = _made(this, model, this.concept)
+        edit, cost = _made(this, model, this.concept, track)
     else:
-        edit, cost = _made_in_parts(this, model, members)
+        edit, cost = _made_in_parts(this, model, track, members)
     if is_rank_zero():
         edit.save(cached)
         write_json(cost_file, cost)
@@ -263,7 +313,7 @@ def _erased(this: Run, model: Any) -> dict[str, Any]:
     return cost
 
 
-def _made_in_parts(this: Run, model: Any, members: tuple[Concept, ...]) -> tuple[Any, dict[str, Any]]:
+def _made_in_parts(this: Run, model: Any, track: Tracking, members: tuple[Concept, ...]) -> tuple[Any, dict[str, Any]]:
     """The edit of a set whose members are erased one by one. What is finished is kept, should the run be killed."""
     from unpaint.edit import Edit
 
@@ -277,7 +327,7 @@ def _made_in_parts(this: Run, model: Any, members: tuple[Concept, ...]) -> tuple
             edit, cost = Edit.load(file), json.loads(cost_file.read_text())
         except (UserError, OSError, ValueError):
             others = () if one_by_one else members[:i] + members[i + 1 :]
-            edit, cost = _made(this, model, member, others, edits[-1] if one_by_one and edits else None)
+            edit, cost = _made(this, model, member, track, others, edits[-1] if one_by_one and edits else None)
             if is_rank_zero():
                 edit.save(file)
                 write_json(cost_file, cost)
@@ -299,10 +349,16 @@ def _cost_of_all(costs: list[dict[str, Any]], edit: Any) -> dict[str, Any]:
 
 
 def _made(
-    this: Run, model: Any, concept: AnyConcept, beside: tuple[Concept, ...] = (), start: Any = None
+    this: Run,
+    model: Any,
+    concept: AnyConcept,
+    track: Tracking,
+    beside: tuple[Concept, ...] = (),
+    start: Any = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Runs the method once: the edit and its cost. `start` is the edit that it goes on from."""
     from unpaint.training.erasing import Erasing, Probe, SaveState, ShowProgress
+    from unpaint.training.leaving import Leaving
 
     cfg = this.cfg
     name = "last" if concept is this.concept else concept.name
@@ -310,22 +366,17 @@ def _made(
     state.parent.mkdir(parents=True, exist_ok=True)
     assert this.method is not None
     module = Erasing(this.method, model, concept, int(cfg.seed), identity(cfg), this.cache, beside, start)
-    callbacks = [ShowProgress(f"erasing {concept.target} with {this.method.name}")]
+    callbacks: list[Any] = [ShowProgress(f"erasing {concept.target} with {this.method.name}")]
     probed = cfg.probes and concept is this.concept
     if probed:
         accuracy = lambda: this.evaluator.unlearning_accuracy(model, concept, int(cfg.seed))  # noqa: E731
         callbacks.append(Probe(cfg.probes, accuracy))
-    callbacks.append(SaveState(state, cfg.checkpoint_seconds))
+    save_state = SaveState(state, cfg.checkpoint_seconds)
+    callbacks += [save_state, Leaving(save_state.save)]
     part = "" if concept is this.concept else f"{concept.name}_"
     curves = f"{part}from_step_{_steps_in(state) if cfg.logger.name == 'csv' else 0}"
-    logger = new_logger(cfg, this.folder, run_id(cfg), curves)
-    trainer = new_trainer(cfg, this.folder, callbacks, logger)
-    try:
-        trainer.fit(module, ckpt_path=state if state.exists() else None, weights_only=True)
-    except BaseException:
-        close(logger, failed=True)
-        raise
-    close(logger)
+    trainer = new_trainer(cfg, this.folder, callbacks, track.curves(curves))
+    trainer.fit(module, ckpt_path=state if state.exists() else None, weights_only=True)
     started = time.perf_counter()
     edit = module.finish()
     cost = {
@@ -367,43 +418,66 @@ def _peak_memory() -> int:
 # --- evaluating -------------------------------------------------------------------------------------------------------
 
 
-def _evaluated(this: Run, model: Any, edit_file: Path, record: RunRecord) -> None:
-    """Paints what is missing, unedited and edited, and fills the record."""
+@dataclass(frozen=True)
+class Painted:
+    """What there is to score: the pictures of both models, by key, in the store."""
+
+    store: PictureStore
+    batches: list[Batch]
+    base: str
+    edited: str
+    edit: Any
+    seconds: float
+    world_size: int
+
+
+def _painted(this: Run, model: Any, edit_file: Path, share: slice = slice(None)) -> Painted:
+    """Paints and reads what is missing, unedited and edited; of both, the batches in `share`. `seconds`: the second."""
     from unpaint.edit import Edit
+    from unpaint.training.leaving import Leaving
     from unpaint.training.painting import paint_all
 
     cfg, evaluator = this.cfg, this.evaluator
     # Always in the model's own precision: what is measured must not depend on how it was trained.
-    trainer = new_trainer(cfg, this.folder, [], precision="32-true")
+    trainer = new_trainer(cfg, this.folder, [Leaving()], precision="32-true")
     model.to(trainer.strategy.root_device)
     store = PictureStore(this.cache)
     batches: list[Batch] = evaluator.plan(this.concept, int(cfg.seed))
     base = picture_key(model)
     unedited = [*batches, *evaluator.references(batches)]
-    paint_all(trainer, evaluator, model, store, base, unedited, "painting, unedited")
+    paint_all(trainer, evaluator, model, store, base, unedited[share], "painting, unedited")
     started = time.perf_counter()
     edit = Edit.load(edit_file)
     edited = picture_key(model, edit.id)
     edit.apply(model.pipe)
     try:
-        trainer = new_trainer(cfg, this.folder, [], precision="32-true")
+        trainer = new_trainer(cfg, this.folder, [Leaving()], precision="32-true")
         answers = [batch for batch in batches if batch.answers is None]
-        paint_all(trainer, evaluator, model, store, edited, answers, "painting, edited")
+        paint_all(trainer, evaluator, model, store, edited, answers[share], "painting, edited")
     finally:
         edit.remove(model.pipe)
+    return Painted(store, batches, base, edited, edit, time.perf_counter() - started, trainer.world_size)
+
+
+def _evaluated(this: Run, model: Any, painted: Painted, record: RunRecord) -> None:
+    """Counts what is painted, and fills the record."""
+    from unpaint.edit import Edit
+
+    cfg, evaluator, started = this.cfg, this.evaluator, time.perf_counter()
+    store, batches, base, edited = painted.store, painted.batches, painted.base, painted.edited
     record.metrics = evaluator.score(store, edited, base, batches, model.device)
-    if trainer.is_global_zero:
+    if is_rank_zero():
         evaluator.grid(store, edited, base, batches, this.concept, _grid(this))
         if damage := record.metrics.get("retention/damage"):
             name, erased = this.concept.name, [member.group for member in this.concept.members]
             heat_map({name: damage["by_label"]}, {name: erased}, _damage(this))
         parts = {file.stem: Edit.load(file) for file in sorted((this.folder / "edits").glob("*.safetensors"))}
-        record.metrics |= evaluator.restored(model, edit, parts, this.concept, int(cfg.seed))
-    record.cost["evaluate_seconds"] = round(time.perf_counter() - started, 3)
+        record.metrics |= evaluator.restored(model, painted.edit, parts, this.concept, int(cfg.seed))
+    record.cost["evaluate_seconds"] = round(painted.seconds + time.perf_counter() - started, 3)
     for key, value in (
-        ("changed_parameters", edit.changed_parameters),
-        ("edit_bytes", edit.nbytes),
-        ("world_size", trainer.world_size),
+        ("changed_parameters", painted.edit.changed_parameters),
+        ("edit_bytes", painted.edit.nbytes),
+        ("world_size", painted.world_size),
     ):
         record.cost.setdefault(key, value)
     record.environment = environment(str(model.device))
@@ -417,9 +491,15 @@ def _damage(this: Run) -> Path:
     return this.folder / "images" / "damage.png"
 
 
-def _mirrored(this: Run, record: RunRecord) -> None:
-    if is_rank_zero():
-        mirror(this.cfg, this.folder, record.run_id, record.metrics, _grid(this))
+def _mirrored(this: Run, painted: Painted, record: RunRecord, track: Tracking) -> None:
+    """The finished record, and pictures and edit with it, to the logger."""
+    if not is_rank_zero() or track.run is None:
+        return
+    with harmless():
+        track.results(record, _grid(this))
+        most = int(this.cfg.logger.pictures)
+        track.table(this.evaluator.samples(painted.store, painted.edited, painted.base, painted.batches, most))
+        track.edit(this.edit_file, edit_id(this.cfg) if this.method is not None else record.run_id)
 
 
 def _shown(this: Run, record: RunRecord) -> RunRecord:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
+from unpaint import run
 from unpaint.config import compose, conf_dir, instantiate
 from unpaint.edit import Edit
 from unpaint.model import load_model
@@ -114,3 +115,34 @@ def test_stopped_after_its_first_step_and_resumed_it_makes_the_same_file(
         with pytest.raises(InterruptedError) if instantiate(cfg.method).steps else nullcontext():
             erase(cfg)
     assert erase(cfg).read_bytes() == whole
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_model_is_left_as_it_was_for_the_next_job_of_a_sweep(
+    method: str, options: list[str], tmp_path: Path
+) -> None:
+    cfg = config(method, options, tmp_path)
+    erase(cfg)
+    (left,) = run._kept.values()
+    fresh = load_model({**cfg.model, "device": "cpu"})
+    for part in ("unet", "vae", "text_encoder"):
+        weights, expected = (getattr(model.pipe, part).state_dict() for model in (left, fresh))
+        assert weights.keys() == expected.keys()
+        assert all(weights[key].equal(expected[key]) for key in expected)
+        modules = list(getattr(left.pipe, part).modules())
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+
+
+def test_a_model_that_a_failed_run_left_is_not_used_again(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    erase(config("esd", options, tmp_path / "good"))
+    assert run._kept
+
+    def fail(*_: Any) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(SaveState, "on_train_batch_end", fail)
+    with pytest.raises(InterruptedError):
+        erase(config("esd", options, tmp_path / "bad"))
+    assert not run._kept

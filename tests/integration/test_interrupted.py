@@ -56,6 +56,7 @@ def test_killed_twice_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     (record,) = outputs.glob("*/*/*/*/record.json")
     assert json.loads(record.read_text())["status"] == "interrupted"
     assert not (record.parent / "edit.safetensors").exists()
+    saved = (record.parent / "checkpoints" / "last.ckpt").stat().st_size
 
     killed_when(outputs, lambda: len(list(outputs.glob(".cache/pictures/*-*/*.safetensors"))) >= 2)
     assert json.loads(record.read_text())["status"] == "interrupted"
@@ -65,6 +66,8 @@ def test_killed_twice_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     assert resumed["metrics"] == whole["metrics"]
     assert resumed["status"] == whole["status"] == "complete"
     assert resumed["cost"]["optimizer_steps"] == 12
+    # What is saved is what is trained, not the pipeline: beside the edit's like, Adam's two moments in float32.
+    assert saved <= 3 * len(edit) + 2 * 4 * resumed["cost"]["trainable_parameters"]
     assert all(file.stat().st_mtime_ns == when for file, when in painted.items()), "painted again"
 
     before = {file: file.stat().st_mtime_ns for file in outputs.rglob("*") if file.name != ".lock"}

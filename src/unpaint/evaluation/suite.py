@@ -300,3 +300,19 @@ class Evaluator:
                 first.setdefault(batch.cases[0].group, batch)
         beside = [(b, self._pictures(store, base, b), self._pictures(store, edited, b)) for b in first.values()]
         return grid(beside, concept, path)
+
+    def samples(
+        self, store: PictureStore, edited: str, base: str, batches: Sequence[Batch], most: int
+    ) -> list[tuple[str, str, int, NDArray[np.uint8], NDArray[np.uint8]]]:
+        """Up to `most` of what was painted, from every group the same number: (group, prompt, seed, picture of the
+        unedited model, of the edited one), pictures (H, W, 3)."""
+        first: dict[str, Batch] = {}
+        for batch in batches:
+            if batch.answers is None:
+                first.setdefault(batch.cases[0].group, batch)
+        each = max(1, most // max(1, len(first)))
+        rows = []
+        for group, batch in list(first.items())[:most]:
+            before, after = (self._pictures(store, key, batch).permute(0, 2, 3, 1).numpy() for key in (base, edited))
+            rows += [(group, batch.prompts[i], batch.seeds[i], before[i], after[i]) for i in range(len(before))][:each]
+        return rows

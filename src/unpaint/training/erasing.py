@@ -220,12 +220,16 @@ class SaveState(Callback):
         due = started - self.saved >= (max(self.seconds, 10 * self.took) if self.seconds else 0)
         if not trainer.strategy.broadcast(due):
             return
+        self.save(trainer)
+        self.took = self.saved - started
+
+    def save(self, trainer: Trainer) -> None:
+        """Now, by all ranks."""
         beside = self.file.with_suffix(".tmp")
         trainer.save_checkpoint(beside)
         if trainer.is_global_zero:
             os.replace(beside, self.file)
         self.saved = time.monotonic()
-        self.took = self.saved - started
 
 
 class ShowProgress(Callback):
