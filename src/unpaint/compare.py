@@ -38,8 +38,8 @@ def compare(
 
 
 def compare_two(a: Path, b: Path, out: Path | None = None, pictures: bool = True) -> dict[str, Path]:
-    """Print what differs between two runs, given by their folders, and write the page and both runs' tables to `out`, by default
-    a folder of their two names under `compare` of the outputs that A lies in. Raises UserError if one is no run."""
+    """Print what differs between two runs, given by their folders, and write the page and both runs' tables to `out`,
+    by default `compare/<A>_<B>` in the outputs that A lies in. Raises UserError if one is no run."""
     runs = [run_of(RunRecord.load(folder), folder if folder.is_dir() else folder.parent) for folder in (a, b)]
     if runs[0].folder.resolve() == runs[1].folder.resolve():
         raise UserError(f"compare {a} {b}: both are the same run")

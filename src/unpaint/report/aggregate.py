@@ -28,7 +28,8 @@ _T95 = (
 
 def numbers(gathered: Gathered) -> pd.DataFrame:
     """One line a run and metric: protocol, concept, method, variant, seed, metric, value, low, high, n, base, base_low,
-    base_high, unit, higher_is_better, detector. Costs are metrics called `cost/...`. What was not measured is left out."""
+    base_high, unit, higher_is_better, detector. Costs are metrics called `cost/...`. What was not measured is left
+    out."""
     lines = []
     for row in gathered.rows:
         for seed, runs in row.runs.items():
@@ -72,8 +73,9 @@ def over_seeds(frame: pd.DataFrame) -> pd.DataFrame:
     """One line a row and metric: the mean over seeds, `seeds` (how many), `n` (of all of them) and an interval.
 
     One seed: the record's own interval, which is about pictures. Several: the wider, on each side, of two. Student's t
-    over the seeds says how far another seed of the method would move the mean; with few seeds that happen to agree it is
-    too narrow. The runs' own intervals, combined by MOVER (`_below`), say how far other pictures would. Rates are cut at 0 and 1.
+    over the seeds says how far another seed of the method would move the mean; with few seeds that happen to agree it
+    is too narrow. The runs' own intervals, combined by MOVER (`_mean`), say how far other pictures would. Rates are
+    cut at 0 and 1.
     """
     return _mean(frame, [*ROW, "metric"], t=True).rename(columns={"count": "seeds"})
 
@@ -134,8 +136,8 @@ def _mean(frame: pd.DataFrame, keys: Sequence[str], t: bool) -> pd.DataFrame:
 
 
 def t95(freedom: int) -> float:
-    """The factor of a two-sided 95 % interval by Student's t. Beyond 30 degrees of freedom by the first two terms of its
-    Cornish-Fisher expansion, which are then right to 0.001."""
+    """The factor of a two-sided 95 % interval by Student's t. Beyond 30 degrees of freedom by the first two terms of
+    its Cornish-Fisher expansion, which are then right to 0.001."""
     if freedom <= len(_T95):
         return _T95[freedom - 1]
     z = 1.959964

@@ -34,7 +34,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Run:
-    """A record and its folder. facts: how it was measured. settings: what else its edit depends on, but for the seed."""
+    """A record and its folder. facts: how it was measured. settings: what its edit depends on beside the seed."""
 
     record: RunRecord
     folder: Path
@@ -266,13 +266,7 @@ def _rows(protocol: int, alike: Protocol) -> list[Row]:
     for run in alike.runs:
         key = json.dumps(run.settings, sort_keys=True, default=str)
         by_concept.setdefault((run.record.concept, run.record.method), {}).setdefault(key, []).append(run)
-    # A method's settings are named where one concept has several of them: then for all concepts alike.
-    told: dict[str, dict[str, None]] = {}
-    for (_, method), variants in by_concept.items():
-        every = [runs[0].settings for runs in variants.values()]
-        keys = dict.fromkeys(key for settings in every for key in settings)
-        differing = {key: None for key in keys if len({repr(settings.get(key)) for settings in every}) > 1}
-        told[method] = told.get(method, {}) | differing
+    told = {method: _telling(method, by_concept) for _, method in by_concept}
     rows = []
     for (concept, method), variants in by_concept.items():
         for runs in variants.values():
@@ -286,6 +280,26 @@ def _rows(protocol: int, alike: Protocol) -> list[Row]:
                 seeds.setdefault(run.record.seed, []).append(run)
             rows.append(Row(protocol, concept, method, variant, seeds))
     return sorted(rows, key=lambda row: (row.concept, row.method, row.variant))
+
+
+def _telling(method: str, by_concept: Mapping[tuple[str, str], Mapping[str, Sequence[Run]]]) -> list[str]:
+    """As few settings as tell a method's rows apart, the most telling first; none if no concept has several rows of it,
+    whatever it was given for one concept and another."""
+    differing: dict[str, None] = {}
+    every: list[Mapping[str, Any]] = []
+    for (_, name), variants in by_concept.items():
+        own = [runs[0].settings for runs in variants.values()] if name == method else []
+        every += own
+        keys = dict.fromkeys(key for settings in own for key in settings)
+        differing |= {key: None for key in keys if len({repr(settings.get(key)) for settings in own}) > 1}
+
+    def apart(keys: Sequence[str]) -> int:
+        return len({tuple(repr(settings.get(key)) for key in keys) for settings in every})
+
+    chosen: list[str] = []
+    while apart(chosen) < apart(list(differing)):
+        chosen.append(max((key for key in differing if key not in chosen), key=lambda key: apart([*chosen, key])))
+    return chosen
 
 
 def _each_once(runs: Sequence[Run]) -> tuple[list[Run], list[Fault]]:

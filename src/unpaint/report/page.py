@@ -125,8 +125,8 @@ def _titles(summary: Summary) -> dict[str, str]:
 
 
 def page_data(summary: Summary, wall: Wall) -> dict[str, Any]:
-    """What the page's script shows, as plain data. A cell is [value, low, high, the value as text, the interval as text,
-    n]; the texts come from the full numbers, and the script shows them as they are."""
+    """What the page's script shows, as plain data. A cell is [value, low, high, the value as text, the interval as
+    text, n]; the texts come from the full numbers, and the script shows them as they are."""
     metrics, titles = summary.metrics, _titles(summary)
     first = summary.runs.drop_duplicates("metric").set_index("metric")
     rows = {(row.protocol, row.concept, row.method, row.variant): i for i, row in enumerate(summary.gathered.rows)}
@@ -222,7 +222,7 @@ def _run(run: Run, row: int, metrics: Sequence[str], parts: dict[str, int]) -> d
 
 
 def _damage(summary: Summary) -> dict[int, dict[str, Any]]:
-    """Row -> its labels, in words and as means over seeds [edited, unedited, n], and which of them were to be erased."""
+    """Row -> its labels, as means over seeds [edited, unedited] and n, and which of them were to be erased."""
     found = {}
     for i, row in enumerate(summary.gathered.rows):
         records = [runs[0].record for runs in row.runs.values()]

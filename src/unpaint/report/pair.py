@@ -1,4 +1,4 @@
-"""Two runs side by side: for every number the difference, paired picture by picture where both painted the same ones."""
+"""Two runs side by side: the difference of every number, paired picture by picture where both painted the same."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -22,8 +22,8 @@ PAIRED, APART = "same pictures", "independent"
 
 @dataclass(frozen=True)
 class Difference:
-    """B - A of one metric, as texts for the reader and as numbers. how: `same pictures` or `independent`, empty for costs
-    and where an interval cannot be had; verdict: `better` or `worse` if the interval excludes 0."""
+    """B - A of one metric, as texts for the reader and as numbers. how: `same pictures` or `independent`, empty for
+    costs and where an interval cannot be had; verdict: `better` or `worse` if the interval excludes 0."""
 
     name: str
     heading: str
@@ -50,8 +50,8 @@ class Pair:
 
 
 def paired(gathered: Gathered, a: Run, b: Run) -> Pair:
-    """Compare run B with run A. Reads the readings of both from the cache, if they painted the same prompts from the same
-    seeds; then torch is imported. Raises UserError if the two share no metric."""
+    """Compare run B with run A. Reads the readings of both from the cache, if they painted the same prompts from the
+    same seeds; then torch is imported. Raises UserError if the two share no metric."""
     protocols = measured_alike([a, b])
     alike = len(protocols) == 1 and a.record.seed == b.record.seed and a.record.concept == b.record.concept
     shared = [name for name in a.record.metrics if name in b.record.metrics]
@@ -85,7 +85,7 @@ def _note(a: Run, b: Run, protocols: Sequence[Any]) -> str:
         return "They erase different concepts: the differences are between two tasks as well."
     if a.record.seed != b.record.seed:
         return "Their seeds differ, and so do their pictures: the differences are not paired."
-    return "Same prompts and seeds on both sides; where both runs' readings are kept, the interval is of paired differences."
+    return "Same prompts and seeds on both sides: “same pictures” marks intervals of paired differences."
 
 
 def _line(
@@ -101,13 +101,22 @@ def _line(
     better = b.get("higher_is_better", True)
     verdict = "" if not known or low <= 0 <= high else "better" if (low > 0) == better else "worse"
     shown = {"metric": name, "unit": b.get("unit", "rate"), "value": value, "low": low, "high": high}
-    base = text({**b, "metric": name}, "base")
-    n = str(a.get("n")) if a.get("n") == b.get("n") else f"{a.get('n')} and {b.get('n')}"
+    limits = [_signed(text(shown, key)) for key in ("low", "high")]
     return Difference(
-        name, heading(name), base, text({**a, "metric": name}), text({**b, "metric": name}), _signed(text(shown)),
-        f"{_signed(text(shown, 'low'))} to {_signed(text(shown, 'high'))}" if known else "–", how if known else "", n, verdict,
-        value, low if known else None, high if known else None,
-    )  # fmt: skip
+        name=name,
+        heading=heading(name),
+        base=text({**b, "metric": name}, "base"),
+        a=text({**a, "metric": name}),
+        b=text({**b, "metric": name}),
+        difference=_signed(text(shown)),
+        interval=" to ".join(limits) if known else "–",
+        how=how if known else "",
+        n=str(a.get("n")) if a.get("n") == b.get("n") else f"{a.get('n')} and {b.get('n')}",
+        verdict=verdict,
+        value=value,
+        low=low if known else None,
+        high=high if known else None,
+    )
 
 
 def _signed(number: str) -> str:

@@ -191,8 +191,8 @@ def order_in_words(summary: Summary) -> str:
 
 NOTES = (
     "Rates in %, CLIP cosines times 100; in parentheses the 95 % interval.",
-    "One seed: the interval of the record, about pictures. Several seeds: the wider, on each side, of Student's t over the "
-    "seeds and of the records' own intervals combined.",
+    "One seed: the interval of the record, about pictures. Several seeds: the wider, on each side, of Student's t over "
+    "the seeds and of the records' own intervals combined.",
 )
 
 # --- terminal ---------------------------------------------------------------------------------------------------------

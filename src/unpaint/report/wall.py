@@ -1,7 +1,7 @@
 """The wall: the same prompt and seed, painted by the unedited model and by every edited one, small enough to embed.
 
-The pictures are those that the runs painted to be measured. They are found under `outputs/.cache` by what the records say, without
-loading torch; a run whose pictures are gone is counted, and shown without.
+The pictures are those that the runs painted to be measured. They are found under `outputs/.cache` by what the records
+say, without loading torch; a run whose pictures are gone is counted, and shown without.
 """
 
 import base64
@@ -169,7 +169,7 @@ def _picks(run: Run) -> list[tuple[Case, str, str, int]]:
 def _concept(text: str) -> AnyConcept:
     config: dict[str, Any] = json.loads(text)
     if "members" in config:
-        return ConceptSet(config["name"], {key: _plain(member) for key, member in config["members"].items()})  # type: ignore[arg-type]
+        return ConceptSet(config["name"], tuple(_plain(member) for member in config["members"].values()))
     return _plain(config)
 
 
