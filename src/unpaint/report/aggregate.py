@@ -136,12 +136,12 @@ def _mean(frame: pd.DataFrame, keys: Sequence[str], t: bool) -> pd.DataFrame:
 
 
 def t95(freedom: int) -> float:
-    """The factor of a two-sided 95 % interval by Student's t. Beyond 30 degrees of freedom by the first two terms of
+    """The factor of a two-sided 95 % interval by Student's t. Beyond 30 degrees of freedom by the first three terms of
     its Cornish-Fisher expansion, which are then right to 0.001."""
     if freedom <= len(_T95):
         return _T95[freedom - 1]
     z = 1.959964
-    return z + (z**3 + z) / (4 * freedom)
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 def pareto_ranks(points: NDArray[np.float64]) -> list[int | None]:
