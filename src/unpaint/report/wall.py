@@ -83,8 +83,8 @@ def wall(gathered: Gathered, most: int = MOST_PICTURES) -> Wall:
         for seed, runs in row.runs.items():
             if runs[0].record.status == "complete":
                 groups.setdefault((row.protocol, row.concept, seed), []).append((i, runs[0]))
-    plans = {key: _picks(runs[0][1]) for key, runs in groups.items()}
     keys = {id(run): store_of(run) for runs in groups.values() for _, run in runs}
+    plans = {key: _picks(runs[0][1]) if any(keys[id(run)] for _, run in runs) else [] for key, runs in groups.items()}
     found.without = sum(key is None for key in keys.values())
     rounds = max((len(plan) for plan in plans.values()), default=0)
     for turn in range(rounds):
