@@ -8,11 +8,18 @@ The text of docs/results.md outside the two marks is written by hand and left as
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
+from omegaconf import OmegaConf
+
+from unpaint.config import compose
+from unpaint.listing import conf_dir, options
 from unpaint.report.aggregate import Summary, summarized
-from unpaint.report.gather import Run, gather
+from unpaint.report.gather import Run, flat, gather
 from unpaint.report.tables import NOTES, apart, markdown, order_in_words
 from unpaint.results import RunRecord
 
@@ -66,30 +73,47 @@ def write(results: Path, page: Path) -> Path:
 
 
 def commands(summary: Summary) -> Iterator[str]:
-    """What runs each row again: the method's and the concept's configs, and the evaluator whose metrics the record has.
-
-    Options that were set by hand are those in the row's name.
-    """
+    """What runs each row again: its choices, and every option that is not the shipped default."""
     for row in summary.gathered.rows:
         runs = [run for some in row.runs.values() for run in some]
-        seeds = ",".join(map(str, row.runs))
-        options = [
-            f"method.{part}" if "." not in part.partition("=")[0] else part for part in row.variant.split(", ") if part
-        ]
         sweep = " -m" if len(row.runs) > 1 else ""
+        seeds = ",".join(map(str, row.runs))
         for evaluator in dict.fromkeys(_evaluator(run) for run in runs):
-            chosen = f"method={row.method} concept={row.concept} seed={seeds} evaluator={evaluator}"
-            yield " ".join([f"unpaint run{sweep}", chosen, *options])
+            run = next(run for run in runs if _evaluator(run) == evaluator)
+            chosen = (f"method={row.method}", f"concept={row.concept}", f"evaluator={evaluator}")
+            yield " ".join([f"unpaint run{sweep}", *chosen, f"seed={seeds}", *_changed(run, _default(*chosen))])
 
 
 def _evaluator(run: Run) -> str:
-    """The name of the smallest shipped evaluator that has all metrics of the run."""
-    evaluator = run.record.config.get("evaluator") or {}
-    if any(name.startswith("attack/") and not name.startswith("attack/static/") for name in run.record.metrics):
-        return "adversarial"
-    if evaluator.get("relearning") or evaluator.get("times", 1) != 1:
-        return "full"
-    return "quick" if len(evaluator.get("metrics") or {}) <= 5 else "standard"
+    """The shipped evaluator that differs least from the run's."""
+    own = flat(run.record.config.get("evaluator") or {})
+    names = [option.name for option in options([conf_dir()], "evaluator")]
+    return min(names, key=lambda name: len(set(own.items()) ^ set(_part(_default(f"evaluator={name}"), "evaluator"))))
+
+
+@cache
+def _default(*overrides: str) -> dict[str, Any]:
+    config = OmegaConf.to_container(compose(overrides), resolve=True)
+    assert isinstance(config, dict)
+    return flat({key: config[key] for key in ("model", "concept", "method", "evaluator")})
+
+
+def _part(config: dict[str, Any], name: str) -> list[tuple[str, Any]]:
+    return [(key.partition(".")[2], value) for key, value in config.items() if key.startswith(f"{name}.")]
+
+
+def _changed(run: Run, default: dict[str, Any]) -> Iterator[str]:
+    config = run.record.config
+    own = flat({key: config[key] for key in ("model", "concept", "method", "evaluator") if key in config})
+    for key, value in own.items():
+        if key not in default or default[key] != value:
+            text = (
+                {None: "null", True: "true", False: "false"}.get(value, value)
+                if not isinstance(value, float)
+                else value
+            )
+            sign = "" if key in default else "+"
+            yield f"'{sign}{key}={text}'" if re.search(r"[^\w.=/-]", str(text)) else f"{sign}{key}={text}"
 
 
 def main() -> None:

@@ -52,8 +52,7 @@
 
   const isCost = (metric) => metric.group === "Cost";
   const groups = [...new Set(metrics.map((metric) => metric.group))];
-  const MAIN = ["erasure/ua", "erasure/ua_out_of_set", "retention/ira", "retention/neighbours", "retention/cra", "retention/composition",
-    "fidelity/clip_score", "cost/erase_seconds"];
+  const MAIN = ["erasure/ua", "erasure/ua_out_of_set", "retention/ira", "retention/cra", "fidelity/clip_score", "cost/erase_seconds"];
   const main = metrics.map((metric, i) => i).filter((i) => MAIN.includes(metrics[i].name) || /^attack\/[^/]+\/asr$/.test(metrics[i].name)
     || data.axes.includes(i)).slice(0, COLUMNS);
   function columns() {
@@ -276,7 +275,7 @@
       return make("tr", {}, make("th", { scope: "row" }, line.concept), ...labels.map((one) => {
         if (!found[one]) return make("td", {}, "");
         const [value, base, n] = found[one], aim = erased.includes(one);
-        const lost = base > 0 ? Math.max(0, Math.min(1, 1 - value / base)) : 0;
+        const lost = aim ? 0 : base > 0 ? Math.max(0, Math.min(1, 1 - value / base)) : 0;
         const said = `${line.concept} erased, ${words(one)} asked for: ${Math.round(value * 100)} % show it, ${Math.round(base * 100)} % unedited, n ${n}${aim ? ", to be erased" : ""}`;
         return make("td", { class: aim ? "aim" : null, title: said, style: `background:rgba(var(--lost),${(lost * 0.8).toFixed(2)})` },
           `${Math.round(value * 100)}`, make("small", {}, `${Math.round(base * 100)}`));
