@@ -208,7 +208,7 @@
     const ranked = lines.filter((line) => line.rank !== null);
     const best = view.every ? [] : front(ranked, x, y);
     if (best.length > 1) traces.push({ type: "scatter", mode: "lines", x: best.map((l) => l.cells[x][0] * scale(x)), y: best.map((l) => l.cells[y][0] * scale(y)),
-      line: { color: colour("--front"), width: 1.5, dash: "dot" }, hoverinfo: "skip", name: "Pareto front" });
+      line: { color: colour("--front"), width: 1.5, dash: "dot", shape: "vh" }, hoverinfo: "skip", name: "Pareto front" });
     if (view.base[x] && view.base[y]) traces.push({ type: "scatter", mode: "markers", x: [view.base[x][0] * scale(x)], y: [view.base[y][0] * scale(y)], name: "unedited model",
       marker: { symbol: "star-open", size: 15, color: colour("--faint"), line: { width: 2 } }, text: [hover({ method: "unedited model", cells: view.base, seeds: "–" }, shown)],
       hovertemplate: "%{text}<extra></extra>" });

@@ -87,7 +87,7 @@ def write_page(summary: Summary, wall: Wall, path: Path, pair: Pair | None = Non
 
 def _title(summary: Summary, pair: Pair | None) -> str:
     if pair is not None:
-        return f"{pair.names[0]} and {pair.names[1]}"
+        return " and ".join(name.partition(", seed")[0] for name in pair.names)
     concepts = sorted({row.concept for row in summary.gathered.rows})
     what = f"“{concepts[0]}”" if len(concepts) == 1 else f"{len(concepts)} concepts"
     methods = len({row.method for row in summary.gathered.rows})
