@@ -43,7 +43,7 @@ def keep(outputs: Path, results: Path) -> list[Path]:
 def slim(record: RunRecord) -> RunRecord:
     """The record without paths and the platform's name, and with numbers to six digits: a few kilobytes."""
     config = {key: value for key, value in record.config.items() if key not in _LOOSE}
-    environment = {
+    environment: dict[str, Any] = {
         key: record.environment[key] for key in ("unpaint", "git", "torch", "device") if key in record.environment
     }
     metrics = {name: {key: _short(value) for key, value in metric.items()} for name, metric in record.metrics.items()}

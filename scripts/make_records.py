@@ -41,7 +41,7 @@ def make_records(folder: Path, runs: int = 1000) -> list[Path]:
     concepts = {name: _plain(f"concept={name}", "evaluator=standard", "logger=none") for name in names}
     methods = {name: _plain(f"method={name}")["method"] for name in METHODS}
     seeds = -(-runs // (len(methods) * len(concepts)))
-    written = []
+    written: list[Path] = []
     for seed, concept, method in product(range(seeds), concepts, methods):
         if len(written) < runs:
             config = concepts[concept] | {"method": methods[method], "seed": seed}
@@ -65,7 +65,7 @@ def _record(name: str, config: dict[str, Any], method: str, concept: str, seed: 
     skill = random.Random(method).random()
     gone = 0.0 if method == "none" else 0.6 + 0.4 * skill
     kept = 1.0 if method == "none" else 0.7 + 0.3 * random.Random(f"kept {method}").random()
-    metrics = {}
+    metrics: dict[str, dict[str, Any]] = {}
     for rate, (n, base, title) in RATES.items():
         if rate.startswith("erasure/"):
             true = max(base, gone)

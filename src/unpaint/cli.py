@@ -315,14 +315,14 @@ def _compare(rest: list[str]) -> int:
         parser.error(f"one folder or two, not {len(args.folders)}")
     from unpaint import compare
 
-    folders = [Path(folder).expanduser() for folder in args.folders]
-    if len(folders) == 2:
+    first, *second = (Path(folder).expanduser() for folder in args.folders)
+    if second:
         if args.score or args.retention != "retention/ira":
             parser.error("--score and --retention order the runs of one folder; two runs have no order")
-        compare.compare_two(*folders, out=args.out, pictures=not args.no_pictures)
+        compare.compare_two(first, second[0], args.out, not args.no_pictures)
         return 0
     weights = compare.weights_of(args.score) if args.score else {}
-    compare.compare(folders[0], args.out, not args.no_pictures, args.retention, weights)
+    compare.compare(first, args.out, not args.no_pictures, args.retention, weights)
     return 0
 
 

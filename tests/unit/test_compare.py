@@ -1,5 +1,6 @@
 """Comparing: what may be averaged is, what may not is kept apart, nothing is lost, and numbers are the records'."""
 
+import hashlib
 import json
 import math
 import random
@@ -71,7 +72,7 @@ def record(
     """A record of its own run_id; `steps` is the sampler's, `lr` the method's."""
     steps, lr = changes.pop("steps", 25), changes.pop("lr", 1e-3)
     content: dict[str, Any] = {
-        "run_id": f"{abs(hash((method, concept, seed, steps, lr, str(changes)))):012x}"[:12],
+        "run_id": hashlib.sha256(repr((method, concept, seed, steps, lr, changes)).encode()).hexdigest()[:12],
         "status": "complete",
         "started": "2026-01-01T00:00:00+00:00",
         "finished": "2026-01-01T00:02:00+00:00",
@@ -340,7 +341,7 @@ def test_numbers_are_the_records_to_the_digit_shown(tmp_path: Path) -> None:
         found = one.metrics[name]
         texts = [f"{100 * found[key]:.1f}" for key in ("value", "low", "high")]
         cell = shown[one.concept, one.method, name]
-        assert cell[3:] == [texts[0], f"{texts[1]}–{texts[2]}", 96]
+        assert cell[3:] == [texts[0], f"{texts[1]}–{texts[2]}", 96, 1]
         assert written.loc[(one.concept, one.method, name), "value"] == found["value"]
         part = markdown.partition(f"“{one.concept}” erased")[2].partition("## ")[0]
         assert f"{texts[0]} ({texts[1]}–{texts[2]})" in next(
@@ -490,3 +491,12 @@ def test_a_run_that_was_moved_lies_in_its_parent(tmp_path: Path) -> None:
 def test_numbers_leave_out_what_was_not_measured(tmp_path: Path) -> None:
     summary = summary_of(tmp_path, record(metrics={"erasure/ua": metric(0.5), "pairs/erase_retain": metric(None)}))
     assert set(numbers(summary.gathered)["metric"]) == {"erasure/ua", "cost/erase_seconds", "cost/edit_bytes"}
+
+
+def test_a_time_that_some_seed_never_reached_is_no_mean(tmp_path: Path) -> None:
+    reached = {"seconds_to_ua95": 4.0, "erase_seconds": 10.0}
+    never = reached | {"seconds_to_ua95": None}
+    summary = summary_of(tmp_path, record(cost=reached), record(seed=1, cost=never), record("uce", cost=reached))
+    times = summary.rows[summary.rows["metric"] == "cost/seconds_to_ua95"]
+    assert list(times["method"]) == ["uce"]
+    assert list(summary.rows[summary.rows["metric"] == "cost/erase_seconds"]["method"]) == ["esd", "uce"]

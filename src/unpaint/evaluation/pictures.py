@@ -95,12 +95,12 @@ class PictureStore:
 
     def pictures(self, key: str, batch: Batch) -> Tensor | None:
         """The batch's pictures, uint8 (n, 3, H, W); None if not painted yet or damaged."""
-        return self._read(self.picture_file(key, batch), batch)
+        return self._read(self._picture_file(key, batch), batch)
 
     def keep_pictures(self, key: str, batch: Batch, pictures: Tensor) -> None:
         from unpaint.tensor_file import write_tensor
 
-        write_tensor(self.picture_file(key, batch), pictures)
+        write_tensor(self._picture_file(key, batch), pictures)
 
     def reading(self, key: str, reader: str, batch: Batch) -> Tensor | None:
         """What a reader (a detector, a CLIP) said of the batch's pictures, (n, ...); None if not there or damaged."""
@@ -117,7 +117,7 @@ class PictureStore:
         found = read_tensor(path)
         return found[0] if found is not None and len(found[0]) == len(batch.cases) else None
 
-    def picture_file(self, key: str, batch: Batch) -> Path:
+    def _picture_file(self, key: str, batch: Batch) -> Path:
         return self.folder / "pictures" / key / f"{batch.name}.safetensors"
 
     def _reading_file(self, key: str, reader: str, batch: Batch) -> Path:

@@ -18,6 +18,7 @@ ROW = ["protocol", "concept", "method", "variant"]
 MEAN = ["protocol", "method", "variant"]
 UA, RETENTION = "erasure/ua", "retention/ira"
 COST = "cost/"
+_TO_UA95 = "seconds_to_ua95"  # null in the record of a run that never got there
 # Student's t, two-sided 95 %, for 1 to 30 degrees of freedom.
 _T95 = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
@@ -30,21 +31,24 @@ def numbers(gathered: Gathered) -> pd.DataFrame:
     """One line a run and metric: protocol, concept, method, variant, seed, metric, value, low, high, n, base, base_low,
     base_high, unit, higher_is_better, detector. Costs are metrics called `cost/...`. What was not measured is left
     out."""
-    lines = []
-    for row in gathered.rows:
-        for seed, runs in row.runs.items():
-            seen = set[str]()
-            for run in runs:
-                for metric in _measured(run):
-                    if metric["metric"] not in seen:
-                        seen.add(metric["metric"])
-                        lines.append({**_place(row), "seed": seed, **metric})
+    lines = [line for row in gathered.rows for line in _lines(row)]
     columns = [*ROW, "seed", "metric", *_NUMBERS, "unit", "higher_is_better", "detector"]
     frame = pd.DataFrame(lines, columns=columns)
     return frame.astype(dict.fromkeys(_NUMBERS, "float64"))
 
 
 _NUMBERS = ("value", "low", "high", "n", "base", "base_low", "base_high")
+
+
+def _lines(row: Row) -> list[dict[str, object]]:
+    found: dict[tuple[int, object], dict[str, object]] = {}
+    for seed, runs in row.runs.items():
+        for run in runs:
+            for metric in _measured(run):
+                found.setdefault((seed, metric["metric"]), {**_place(row), "seed": seed, **metric})
+    # The mean time of the seeds that got there would make a method look fast that mostly does not get there.
+    never = any(run.record.cost.get(_TO_UA95, 0) is None for runs in row.runs.values() for run in runs)
+    return [line for line in found.values() if not (never and line["metric"] == f"{COST}{_TO_UA95}")]
 
 
 def _place(row: Row) -> dict[str, object]:
@@ -155,7 +159,7 @@ def pareto_ranks(points: NDArray[np.float64]) -> list[int | None]:
         own = points[left]
         # (i, j): j is at least as good as i in all, and better in one
         beaten = (own[None] >= own[:, None]).all(axis=2) & (own[None] > own[:, None]).any(axis=2)
-        front = [i for i, lost in zip(left, beaten.any(axis=1), strict=True) if not lost]
+        front = [i for i, by in zip(left, beaten, strict=True) if not by.any()]
         for i in front:
             ranks[i] = rank
         left = [i for i in left if ranks[i] is None]

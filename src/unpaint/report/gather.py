@@ -15,8 +15,6 @@ from typing import Any
 from unpaint.errors import UserError
 from unpaint.results import FILE_NAME, RunRecord
 
-# Folders of a run in which no other run lies.
-_INSIDE = ("images", "checkpoints", "log", "edits", "compare")
 # What a concept's config says to methods only; the rest of it decides which pictures are painted and what counts.
 _FOR_METHODS = ("anchor", "templates", "erase", "name", "_target_", "kind")
 
@@ -125,7 +123,7 @@ def gathered(folder: Path, runs: Sequence[Run], faults: Sequence[Fault] = ()) ->
 def record_files(folder: Path) -> Iterator[Path]:
     """Every `record.json` below the folder, and every `edit.safetensors` without one, in the order of their paths."""
     for place, below, files in os.walk(folder):
-        below[:] = sorted(name for name in below if not name.startswith(".") and name not in _INSIDE)
+        below[:] = sorted(name for name in below if not name.startswith("."))
         for name in (FILE_NAME, "edit.safetensors"):
             if name in files:
                 yield Path(place, name)
@@ -216,20 +214,18 @@ def _settings(evaluator: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def measured_alike(runs: Sequence[Run]) -> list[Protocol]:
     """Part the runs so that no fact differs within a part; those with most runs first, named A, B, ...
 
-    A run joins the first part that it fits. The commonest numbers of pictures come first, so that each part is built
-    around runs that belong together.
+    A run joins the first part that it fits. The commonest numbers of pictures come first, and with them the commonest
+    prompts of a concept, so that each part is built around runs that belong together.
     """
+    counts = Counter(_counts(run) for run in runs)
+    prompts = Counter(_asked_alike(run) for run in runs)
 
-    def kind(run: Run) -> str:
-        said = {key.partition(": ")[2] if ": " in key else key: value for key, value in run.facts.items()}
-        counts = ("_pictures", "per_label", "dtype", "path", "hub")
-        return repr(
-            {k: v for k, v in said.items() if k.endswith(counts) or k.startswith("sampler.") or k in ("model", "times")}
-        )
+    def turn(run: Run) -> tuple[Any, ...]:
+        own = _counts(run)
+        return -counts[own], own, -prompts[_asked_alike(run)], -len(run.facts), run.record.run_id
 
-    common = Counter(kind(run) for run in runs)
     found: list[Protocol] = []
-    for run in sorted(runs, key=lambda run: (-common[kind(run)], kind(run), -len(run.facts), run.record.run_id)):
+    for run in sorted(runs, key=turn):
         protocol = next((one for one in found if one.fits(run)), None)
         if protocol is None:
             found.append(protocol := Protocol())
@@ -240,6 +236,18 @@ def measured_alike(runs: Sequence[Run]) -> list[Protocol]:
         letter = chr(ord("A") + i) if i < 26 else str(i + 1)
         protocol.name = f"{letter}: {_in_words(protocol)}"
     return found
+
+
+def _counts(run: Run) -> str:
+    """Model, sampler and numbers of pictures, whatever the concept."""
+    said = {key.partition(": ")[2] or key: value for key, value in run.facts.items()}
+    words = ("model", "times", "sampler.", "evaluation.per_label")
+    return repr({key: v for key, v in said.items() if key.startswith(words) or key.endswith("_pictures")})
+
+
+def _asked_alike(run: Run) -> str:
+    """All facts that are known before anything is measured."""
+    return repr([(key, v) for key, v in run.facts.items() if "/" not in key and " of " not in key and key != "unpaint"])
 
 
 def _in_words(protocol: Protocol) -> str:
@@ -309,11 +317,7 @@ def _each_once(runs: Sequence[Run]) -> tuple[list[Run], list[Fault]]:
     for run in runs:
         record = run.record
         # What an unfinished run lacks must not make it another run.
-        facts = {key: value for key, value in run.facts.items() if " of " not in key and "/" not in key}
-        facts.pop("unpaint", None)
-        key = json.dumps(
-            [record.method, record.concept, record.seed, facts, run.settings, _asked(run)], sort_keys=True, default=str
-        )
+        key = repr([record.method, record.seed, _asked_alike(run), sorted(run.settings.items()), _asked(run)])
         if (other := found.get(key)) is None:
             found[key] = run
             continue

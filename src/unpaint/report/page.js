@@ -76,7 +76,7 @@
     return make("th", { scope: "col", "aria-sort": direction }, button, sub ? make("small", { title: sub }, sub) : "");
   }
 
-  function cellOf(line, i, most) {
+  function cellOf(line, i, most, concepts) {
     const cell = line.cells[i], metric = metrics[i];
     if (!cell) return make("td", { class: "cell" }, "–");
     const share = metric.unit === "rate" ? cell[0] : most[i] > 0 ? cell[0] / most[i] : 0;
@@ -85,7 +85,8 @@
     const unit = isCost(metric) ? "" : metric.unit === "rate" ? " %" : "";
     const said = `${metric.head}: ${cell[3]}${unit}${cell[4] ? `, 95 % interval ${cell[4]}` : ""}${n ? `, ${n}` : ""}${
       metric.detectors.length ? `, judged by ${metric.detectors.join(", ")}` : ""}`;
-    const small = [cell[4], n].filter(Boolean).join(" · ");
+    const few = concepts && cell[6] < concepts ? `${cell[6]} of ${concepts}` : "";
+    const small = [cell[4], n, few].filter(Boolean).join(" · ");
     return make("td", { class: `cell ${isCost(metric) ? "cost" : ""}`, style: `--w:${width}${share > 0.1 ? ";--some:1" : ""}`, title: said }, make("b", {}, cell[3]),
       small ? make("small", {}, small) : "");
   }
@@ -99,7 +100,7 @@
       ...shown.map((i) => headed(i, `${metrics[i].head}${isCost(metrics[i]) ? "" : metrics[i].up ? "" : " (low)"}`,
         metrics[i].detectors.join(", "), `${metrics[i].name}: ${metrics[i].title}`, sort, turn)));
     const base = make("tr", { class: "base" }, make("th", { scope: "row" }, "unedited model"), view.every ? make("td") : "", make("td"), make("td"),
-      ...shown.map((i) => cellOf({ cells: view.base }, i, most)));
+      ...shown.map((i) => cellOf({ cells: view.base }, i, most, view.concepts)));
     const body = [base];
     for (const line of lines) {
       const key = `${line.concept}|${line.name}`, open = opens && state.open.has(key);
@@ -110,7 +111,7 @@
       const rank = data.weights ? (line.score === null ? "–" : line.score.toFixed(3)) : line.rank === null ? "–" : line.rank;
       body.push(make("tr", { class: line.rank === 1 ? "first" : null, "data-name": line.name },
         make("th", { scope: "row" }, name, line.variant ? make("small", { title: line.variant }, line.variant) : ""), view.every ? make("td", {}, line.concept) : "",
-        make("td", { class: "place" }, String(rank)), make("td", {}, line.seeds), ...shown.map((i) => cellOf(line, i, most))));
+        make("td", { class: "place" }, String(rank)), make("td", {}, line.seeds), ...shown.map((i) => cellOf(line, i, most, view.concepts))));
       if (open) body.push(make("tr", { class: "details" }, make("td", { colspan: shown.length + 4 }, details(line, view.base))));
     }
     if (!lines.length) body.push(make("tr", {}, make("td", { colspan: shown.length + 4, class: "empty" }, "No method matches.")));

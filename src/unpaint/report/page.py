@@ -126,7 +126,8 @@ def _titles(summary: Summary) -> dict[str, str]:
 
 def page_data(summary: Summary, wall: Wall) -> dict[str, Any]:
     """What the page's script shows, as plain data. A cell is [value, low, high, the value as text, the interval as
-    text, n]; the texts come from the full numbers, and the script shows them as they are."""
+    text, n, over how many concepts or seeds]; the texts come from the full numbers, and the script shows them as they
+    are."""
     metrics, titles = summary.metrics, _titles(summary)
     first = summary.runs.drop_duplicates("metric").set_index("metric")
     rows = {(row.protocol, row.concept, row.method, row.variant): i for i, row in enumerate(summary.gathered.rows)}
@@ -195,7 +196,7 @@ def _cell(line: Mapping[str, Any] | None) -> list[Any] | None:
         return None
     plain = [None if pd.isna(line[key]) else float(f"{line[key]:.5g}") for key in ("value", "low", "high")]
     count = int(line["n"]) if not pd.isna(line["n"]) and line["n"] else None
-    return [*plain, text(line), interval(line), count]
+    return [*plain, text(line), interval(line), count, int(line["concepts"] if "concepts" in line else line["seeds"])]
 
 
 def _run(run: Run, row: int, metrics: Sequence[str], parts: dict[str, int]) -> dict[str, Any]:

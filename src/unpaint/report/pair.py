@@ -141,8 +141,8 @@ def _both(key: str, a: Run, b: Run) -> bool:
 def _cost(key: str, a: float, b: float) -> Difference:
     name = f"{COST}{key}"
     ratio = f"× {b / a:.2f}" if a > 0 else "–"
-    shown = [text({"metric": name, "value": value}) for value in (a, b)]
-    return Difference(name, heading(name), "–", *shown, ratio, "–", "", "", "", float(b) - float(a), None, None)
+    left, right = (text({"metric": name, "value": value}) for value in (a, b))
+    return Difference(name, heading(name), "–", left, right, ratio, "–", "", "", "", float(b) - float(a), None, None)
 
 
 def _from_pictures(a: Run, b: Run) -> dict[str, tuple[float, float, float]]:
@@ -175,11 +175,11 @@ def _from_pictures(a: Run, b: Run) -> dict[str, tuple[float, float, float]]:
         # between two readings of the same picture.
         one_picture = not isinstance(metric.reader, PairReader) and not isinstance(metric, ReferenceMetric)
         recorded = [run.record.metrics.get(metric.name, {}).get("value") for run in (a, b)]
-        if not one_picture or NEUTRAL in metric.parts or None in recorded:
+        if not one_picture or NEUTRAL in metric.parts or any(value is None for value in recorded):
             continue
         judge = (metric.reader or evaluator.detector).identity
         own = [batch for batch in batches if asked(batch.cases, metric)]
-        readings = [[store.reading(key, judge, batch) for batch in own] for key in (of_a, of_b)]
+        readings: list[list[Any]] = [[store.reading(key, judge, batch) for batch in own] for key in (of_a, of_b)]
         if not own or any(reading is None for side in readings for reading in side):
             continue
         before, after = (
@@ -192,7 +192,9 @@ def _from_pictures(a: Run, b: Run) -> dict[str, tuple[float, float, float]]:
         result = metric.finish(after, before)
         # Other values than the records' were computed of other pictures, or by another version of the metric.
         values = [metric.finish(before, before)["value"], result["value"]]
-        if result.get("delta") is not None and np.allclose(values, recorded, rtol=0, atol=1e-9):
+        if result.get("delta") is not None and np.allclose(
+            np.array(values, float), np.array(recorded, float), rtol=0, atol=1e-9
+        ):
             found[metric.name] = (result["delta"], result["delta_low"], result["delta_high"])
     return found
 

@@ -83,18 +83,22 @@ def wall(gathered: Gathered, most: int = MOST_PICTURES) -> Wall:
         for seed, runs in row.runs.items():
             if runs[0].record.status == "complete":
                 groups.setdefault((row.protocol, row.concept, seed), []).append((i, runs[0]))
-    keys = {id(run): store_of(run) for runs in groups.values() for _, run in runs}
-    plans = {key: _picks(runs[0][1]) if any(keys[id(run)] for _, run in runs) else [] for key, runs in groups.items()}
-    found.without = sum(key is None for key in keys.values())
+    keys = {id(run): store_of(run) for painted in groups.values() for _, run in painted}
+    plans = {
+        where: _picks(painted[0][1]) if any(keys[id(run)] for _, run in painted) else []
+        for where, painted in groups.items()
+    }
     rounds = max((len(plan) for plan in plans.values()), default=0)
+    each = len(keys) + len(groups)  # at most so many pictures a turn; there is always a first one
     for turn in range(rounds):
-        if len(found.pictures) + len(keys) + len(groups) > max(most, len(keys) + len(groups)):
+        if turn and len(found.pictures) + each > most:
             break
-        for (protocol, concept, seed), runs in groups.items():
-            if turn < len(plan := plans[protocol, concept, seed]):
-                card = _card(found, places, (protocol, concept, seed), plan[turn], runs, keys)
-                found.cards += [card] if card else []
+        for where, painted in groups.items():
+            if turn < len(plans[where]) and (card := _card(found, places, where, plans[where][turn], painted, keys)):
+                found.cards.append(card)
         found.prompts = (turn + 1, rounds)
+    seen = {(row, card.seed) for card in found.cards for row, _ in card.after}
+    found.without = sum((i, seed) not in seen for (_, _, seed), painted in groups.items() for i, _ in painted)
     return found
 
 
