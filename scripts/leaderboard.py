@@ -9,6 +9,7 @@ The text of docs/results.md outside the two marks is written by hand and left as
 import argparse
 import dataclasses
 import re
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from unpaint.config import compose
+from unpaint.errors import UserError
 from unpaint.listing import conf_dir, options
 from unpaint.report.aggregate import Summary, summarized
 from unpaint.report.gather import Run, flat, gather
@@ -41,7 +43,7 @@ def keep(outputs: Path, results: Path) -> list[Path]:
 
 
 def slim(record: RunRecord) -> RunRecord:
-    """The record without paths and the platform's name, and with numbers to six digits: a few kilobytes."""
+    """The record without paths and the platform's name, and with numbers to six digits."""
     config = {key: value for key, value in record.config.items() if key not in _LOOSE}
     environment: dict[str, Any] = {
         key: record.environment[key] for key in ("unpaint", "git", "torch", "device") if key in record.environment
@@ -122,12 +124,16 @@ def main() -> None:
     commands_.add_parser("keep").add_argument("outputs", type=Path)
     commands_.add_parser("write")
     args = parser.parse_args()
-    if args.command == "keep":
-        kept = keep(args.outputs, DOCS / "results")
-        size = sum(path.stat().st_size for path in kept)
-        print(f"{len(kept)} records, {size / 2**20:.1f} MiB, in {DOCS / 'results'}")
-    else:
-        print(write(DOCS / "results", DOCS / "results.md"))
+    try:
+        if args.command == "keep":
+            kept = keep(args.outputs, DOCS / "results")
+            size = sum(path.stat().st_size for path in kept)
+            print(f"{len(kept)} records, {size / 2**20:.1f} MiB, in {DOCS / 'results'}")
+        else:
+            print(write(DOCS / "results", DOCS / "results.md"))
+    except UserError as error:
+        print(f"leaderboard: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -158,8 +158,8 @@ def pareto_ranks(points: NDArray[np.float64]) -> list[int | None]:
         rank += 1
         own = points[left]
         # (i, j): j is at least as good as i in all, and better in one
-        beaten = (own[None] >= own[:, None]).all(axis=2) & (own[None] > own[:, None]).any(axis=2)
-        front = [i for i, by in zip(left, beaten, strict=True) if not by.any()]
+        beaten = np.all(own[None] >= own[:, None], axis=2) & np.any(own[None] > own[:, None], axis=2)
+        front = [left[k] for k in np.flatnonzero(~beaten.any(axis=1))]
         for i in front:
             ranks[i] = rank
         left = [i for i in left if ranks[i] is None]
