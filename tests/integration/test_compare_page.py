@@ -57,6 +57,9 @@ addEventListener("load", () => {
     found.figures = [...document.querySelectorAll("#wall figcaption")].map((node) => node.innerText);
     found.alts = [...document.querySelectorAll("#wall img")].every((node) => node.alt.length > 10);
     set("search", "", "input");
+    found.all = document.querySelectorAll("#wall figcaption").length;
+    get("trade").emit("plotly_click", { points: [{ customdata: ["uce", "cat"] }] });
+    found.clicked = [...document.querySelectorAll("#wall figcaption")].map((node) => node.innerText);
     get("table").querySelector("tbody button").click();
     found.details = get("table").querySelector(".details").innerText.includes("judged by");
     get("groups").querySelector("[data-group=all]").click();
@@ -64,7 +67,8 @@ addEventListener("load", () => {
     found.damage = get("damage").tBodies[0].rows.length;
     found.difference = get("difference").innerText;
     get("theme").click(); found.theme = document.documentElement.dataset.theme;
-    set("concept", "*", "change"); found.rows = get("live").innerText; found.shown = names().length;
+    set("concept", "*", "change"); found.rows = get("live").innerText; found.shown = column(4).length;
+    dispatchEvent(new Event("beforeprint")); found.printed = column(4).length;
   } catch (error) { found.error = String(error); }
   const out = document.createElement("pre");
   out.id = "found"; out.textContent = JSON.stringify(found);
@@ -129,6 +133,8 @@ def test_the_page_works_in_a_browser_and_asks_for_nothing(records: Path, tmp_pat
     assert found["sorted"] == "UA"
     assert found["filtered"] == ["unedited model", "esd"]
     assert found["figures"] == ["unedited", "esd"]
+    assert found["all"] == 1 + len(own)
+    assert found["clicked"] == ["unedited", "uce"]
     assert found["alts"] and found["details"]
     assert found["marks"] >= 8
     assert found["columns"] == 4 - 1 + len(summary.metrics)
@@ -136,7 +142,7 @@ def test_the_page_works_in_a_browser_and_asks_for_nothing(records: Path, tmp_pat
     assert "method.name" in found["difference"] or "concept" in found["difference"]
     assert found["theme"] in ("light", "dark")
     assert found["rows"] == f"{len(rows)} rows"
-    assert found["shown"] <= 52
+    assert (found["shown"], found["printed"]) == (50, len(rows))
     assert console == []
     assert found["resources"] == []
     assert asked == []

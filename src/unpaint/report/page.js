@@ -231,9 +231,9 @@
     get("trade").on("plotly_click", (event) => {
       const [name, concept] = event.points[0].customdata || [];
       if (!name || !get("wall")) return;
-      get("search").value = name; state.search = name.toLowerCase();
       if (concept) get("wall-concept").value = concept;
-      seedsOfWall(); draw(); get("wall-section").scrollIntoView(); get("wall-title").focus();
+      seedsOfWall(); get("wall-method").value = name; drawWall();
+      get("wall-section").scrollIntoView(); get("wall-title").focus();
     });
   }
 
@@ -292,18 +292,22 @@
     if (!get("wall")) return;
     const seeds = [...new Set(ownCards().filter((card) => card[1] === get("wall-concept").value).map((card) => card[2]))].sort((a, b) => a - b);
     options(get("wall-seed"), seeds.map((seed) => [seed, seed]), get("wall-seed").value);
+    const names = [...new Set(ownTables().flatMap((table) => table.lines.map(nameOf)))].sort();
+    options(get("wall-method"), [["", "all"], ...names.map((name) => [name, name])], get("wall-method").value);
   }
   const lineOfRow = new Map(tables.filter((table) => table.concept !== null).flatMap((table) => table.lines.map((line) => [line.row, line])));
   let whole = new Set();
   function drawWall() {
     if (!get("wall")) return;
     const concept = get("wall-concept").value, seed = Number(get("wall-seed").value), fate = get("wall-fate").value;
+    const only = get("wall-method").value;
     const cards = ownCards().filter((card) => card[1] === concept && card[2] === seed && (!fate || (fate === "to stay" ? card[4].endsWith(fate) : card[4] === fate)));
     const picture = (at, words, name, unedited) => make("figure", { class: unedited ? "unedited" : null },
       make("img", { src: pictures[at], alt: words, loading: "lazy", width: 116, height: 116 }), make("figcaption", { title: name }, name));
     get("wall").replaceChildren(...cards.map((card, k) => {
       const [, , , prompt, kind, before, after] = card;
-      const own = after.map(([row, at]) => [lineOfRow.get(row), at]).filter(([line]) => line && matches({ ...line, name: nameOf(line), concept }));
+      const own = after.map(([row, at]) => [lineOfRow.get(row), at])
+        .filter(([line]) => line && (only ? nameOf(line) === only : matches({ ...line, name: nameOf(line), concept })));
       const order = new Map(current().lines.map((line, i) => [line.name, i]));
       own.sort(([a], [b]) => (order.get(nameOf(a)) ?? 1e9) - (order.get(nameOf(b)) ?? 1e9));
       const shown = whole.has(k) ? own : own.slice(0, STRIP);
@@ -370,12 +374,12 @@
     on("attack", "change", () => drawRobust(current()));
     on("damage-method", "change", drawDamage);
     on("wall-concept", "change", () => { seedsOfWall(); whole = new Set(); drawWall(); });
-    on("wall-seed", "change", drawWall); on("wall-fate", "change", () => { whole = new Set(); drawWall(); });
+    on("wall-seed", "change", drawWall); on("wall-method", "change", drawWall); on("wall-fate", "change", () => { whole = new Set(); drawWall(); });
     on("run-a", "change", drawDifference); on("run-b", "change", drawDifference);
     on("theme", "click", () => { document.documentElement.dataset.theme = dark() ? "light" : "dark"; draw(); });
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", (event) => { document.documentElement.dataset.theme = event.matches ? "dark" : "light"; draw(); });
     // Paper has no next page button.
-    addEventListener("beforeprint", () => { state.size = Infinity; state.page = 0; draw(); });
+    addEventListener("beforeprint", () => { state.size = 1e6; state.page = 0; draw(); });
     addEventListener("afterprint", () => { state.size = PAGE; draw(); });
     if (get("wall-title")) get("wall-title").tabIndex = -1;
     concepts(); draw(); drawDifference();
