@@ -36,7 +36,7 @@ from unpaint.evaluation.pictures import batches_of
 from unpaint.report.gather import Gathered, Run
 
 SIDE, QUALITY = 160, 82
-MOST_PICTURES = 6000
+MOST_PICTURES, MOST_BYTES = 6000, 30_000_000
 GONE, NEAR, KEPT = "to be erased", "a near relative, to stay", "to stay"
 
 
@@ -75,7 +75,7 @@ class Wall:
 
 
 def wall(gathered: Gathered, most: int = MOST_PICTURES) -> Wall:
-    """Up to `most` pictures. What there is room for goes by turns: the first prompt of every concept and seed, then the
+    """Up to `most` pictures, and `MOST_BYTES`. What there is room for goes by turns: the first prompt of every concept and seed, then the
     second, so that all are cut alike."""
     found, places = Wall(), dict[tuple[str, int], int]()
     groups: dict[tuple[int, str, int], list[tuple[int, Run]]] = {}
@@ -90,13 +90,16 @@ def wall(gathered: Gathered, most: int = MOST_PICTURES) -> Wall:
     }
     rounds = max((len(plan) for plan in plans.values()), default=0)
     each = len(keys) + len(groups)  # at most so many pictures a turn; there is always a first one
+    sizes = [0]
     for turn in range(rounds):
-        if turn and len(found.pictures) + each > most:
+        # A turn takes about as many bytes as the one before it.
+        if turn and (len(found.pictures) + each > most or 2 * sizes[-1] - sizes[-2] > MOST_BYTES):
             break
         for where, painted in groups.items():
             if turn < len(plans[where]) and (card := _card(found, places, where, plans[where][turn], painted, keys)):
                 found.cards.append(card)
         found.prompts = (turn + 1, rounds)
+        sizes.append(sum(map(len, found.pictures)))
     seen = {(row, card.seed) for card in found.cards for row, _ in card.after}
     found.without = sum((i, seed) not in seen for (_, _, seed), painted in groups.items() for i, _ in painted)
     return found
