@@ -75,8 +75,8 @@ class Wall:
 
 
 def wall(gathered: Gathered, most: int = MOST_PICTURES) -> Wall:
-    """Up to `most` pictures, and `MOST_BYTES`. What there is room for goes by turns: the first prompt of every concept and seed, then the
-    second, so that all are cut alike."""
+    """Up to `most` pictures, and `MOST_BYTES`. What there is room for goes by turns: the first prompt of every concept
+    and seed, then the second, so that all are cut alike."""
     found, places = Wall(), dict[tuple[str, int], int]()
     groups: dict[tuple[int, str, int], list[tuple[int, Run]]] = {}
     for i, row in enumerate(gathered.rows):
