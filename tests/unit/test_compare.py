@@ -1,6 +1,7 @@
 """Comparing: what may be averaged is, what may not is kept apart, nothing is lost, and numbers are the records'."""
 
 import hashlib
+import io
 import json
 import math
 import random
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from rich.console import Console
 from safetensors.numpy import save_file
 
 from unpaint.compare import compare, compare_two, outputs_of, weights_of
@@ -307,6 +309,22 @@ def test_a_score_only_if_asked_for_with_its_weights_said(tmp_path: Path) -> None
 def test_a_metric_that_is_not_there_is_refused(tmp_path: Path, options: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
         summary_of(tmp_path, record(), **options)
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120, 160])
+def test_the_table_cuts_no_name_and_no_number(tmp_path: Path, width: int) -> None:
+    more = {f"erasure/{name}": metric(0.75, 0.65, 0.85) for name in ("ua", "ua_out_of_set")}
+    more |= {f"retention/{name}": metric(0.875, 0.775, 0.975) for name in ("ira", "cra", "composition")}
+    summary = summary_of(tmp_path, record("concept_prune", metrics=more), weights={"retention/composition": 1.0})
+    console = Console(width=width, record=True, file=io.StringIO())
+    tables.show(summary, {}, console)
+    text = console.export_text()
+    assert "concept_prune" in text
+    assert "…" not in text
+    assert re.search(r"75\.0.*87\.5", text)
+    assert ("75.0 (65.0–85.0)" in text) == (width >= 80)
+    head = next(row for row in text.splitlines() if "method" in row)
+    assert head.count("composition") <= 1
 
 
 @pytest.mark.parametrize("given", ["erasure/ua", "erasure/ua=x", "=1", "erasure/ua=-1", ""])

@@ -9,7 +9,7 @@ import pandas as pd
 
 from unpaint.files import replacing
 from unpaint.report.aggregate import COST, MEAN, ROW, UA, Summary, in_order
-from unpaint.report.terminal import COSTS, amount, number
+from unpaint.report.terminal import COSTS, NARROW, amount, number
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -239,14 +239,13 @@ def _table(summary: Summary, section: Section, width: int) -> Any:
     from rich.table import Table
 
     table = Table(title=escape(title(summary, section)), title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-    columns = compact(summary, section)
-    if width < 100:
-        columns = [name for name in columns if name in (UA, summary.retention)]
-    table.add_column("method", overflow="fold", min_width=12)
+    columns = _fitting(compact(summary, section), summary, width)
+    names = [str(line["method"]) for line in section.lines]
+    table.add_column("method", overflow="fold", min_width=min(24, max(map(len, [*names, UNEDITED]))))
     table.add_column("score" if summary.weights else "front", justify="right")
     table.add_column("concepts" if section.concept is None else "seeds", justify="right")
     for name in columns:
-        table.add_column(heading(name), justify="right", no_wrap=width >= 100)
+        table.add_column(heading(name), justify="right", no_wrap=True)
     table.add_row(f"[dim]{UNEDITED}[/dim]", "", "", *(f"[dim]{text(section.base.get(n, {}))}[/dim]" for n in columns))
     for line in section.lines[:MOST_LINES]:
         place = line["score"] if summary.weights else line["rank"]
@@ -254,11 +253,19 @@ def _table(summary: Summary, section: Section, width: int) -> Any:
             escape(name_of(line)),
             "–" if place is None or pd.isna(place) else f"{place:.3f}" if summary.weights else str(place),
             seeds_of(summary, section, line),
-            *(_with_interval(line["cells"].get(name, {})) for name in columns),
+            *((text if width < NARROW else _with_interval)(line["cells"].get(name, {})) for name in columns),
         )
     if len(section.lines) > MOST_LINES:
         table.caption = f"{len(section.lines) - MOST_LINES} more rows: in the files"
     return table
+
+
+def _fitting(columns: Sequence[str], summary: Summary, width: int) -> list[str]:
+    """As many columns as there is room for beside the method, what matters most first; always UA and retention."""
+    wanted = dict.fromkeys([UA, summary.retention, *summary.weights, _COMPACT[-1], "retention/cra", *columns])
+    room = max(2, (width - 46) // 21)
+    kept = [name for name in wanted if name in columns][:room]
+    return [name for name in columns if name in kept]
 
 
 def compact(summary: Summary, section: Section) -> list[str]:
@@ -266,7 +273,9 @@ def compact(summary: Summary, section: Section) -> list[str]:
     there = {name for line in section.lines for name in line["cells"]}
     wanted = dict.fromkeys([*_COMPACT[:2], summary.retention, *_COMPACT[2:-1]])
     attacks = [name for name in summary.metrics if name.startswith("attack/") and name.endswith("/asr")]
-    return [name for name in [*wanted, *attacks, *summary.weights, _COMPACT[-1]] if name in there]
+    every = dict.fromkeys([*wanted, *attacks, *summary.weights])
+    every.pop(_COMPACT[-1], None)
+    return [name for name in [*every, _COMPACT[-1]] if name in there]
 
 
 def _with_interval(line: Mapping[str, Any]) -> str:
