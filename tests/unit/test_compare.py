@@ -174,6 +174,8 @@ def test_a_mean_over_fewer_concepts_is_not_ranked(tmp_path: Path) -> None:
     ranks = ranked(summary.means, MEAN).set_index("method")["rank"]
     assert ranks["esd"] == 1
     assert pd.isna(ranks["uce"])
+    weighed = summarized(summary.gathered, weights={"erasure/ua": 1.0})
+    assert list(weighed.mean_ranks.set_index("method")["score"].isna()[["esd", "uce"]]) == [False, True]
     assert any("uce: no run on dog (seed 0)" in fault.text for fault in summary.gathered.faults)
 
 

@@ -243,10 +243,12 @@ def summarized(gathered: Gathered, retention: str = RETENTION, weights: Mapping[
     means, base_means = over_concepts(rows), over_concepts(base)
     ranks = []
     for table, by in ((rows, ROW), (means, MEAN)):
-        found = ranked(table, by, retention)
-        ranks.append(
-            found.merge(scored(table, by, weights), on=by, how="left") if weights else found.assign(score=np.nan)
-        )
+        found = ranked(table, by, retention).assign(score=np.nan)
+        if weights:
+            found = found.drop(columns="score").merge(scored(table, by, weights), on=by, how="left")
+        if by is MEAN:  # what is a mean over too few concepts to have a rank has no score either
+            found["score"] = found["score"].where(found["rank"].notna())
+        ranks.append(found)
     return Summary(gathered, runs, rows, base, means, base_means, ranks[0], ranks[1], retention, weights)
 
 

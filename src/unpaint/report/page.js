@@ -85,7 +85,8 @@
     const unit = isCost(metric) ? "" : metric.unit === "rate" ? " %" : "";
     const said = `${metric.head}: ${cell[3]}${unit}${cell[4] ? `, 95 % interval ${cell[4]}` : ""}${n ? `, ${n}` : ""}${
       metric.detectors.length ? `, judged by ${metric.detectors.join(", ")}` : ""}`;
-    const few = concepts && cell[6] < concepts ? `${cell[6]} of ${concepts}` : "";
+    const own = Math.max(...line.cells.map((one) => (one ? one[6] : 0)));
+    const few = concepts && cell[6] < own ? `${cell[6]} of ${own}` : "";
     const small = [cell[4], n, few].filter(Boolean).join(" · ");
     return make("td", { class: `cell ${isCost(metric) ? "cost" : ""}`, style: `--w:${width}${share > 0.1 ? ";--some:1" : ""}`, title: said }, make("b", {}, cell[3]),
       small ? make("small", {}, small) : "");
