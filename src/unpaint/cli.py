@@ -27,6 +27,7 @@ usage: unpaint COMMAND ...
   run       erase a concept, then evaluate:           unpaint run concept=cat method=esd
   erase     only make the edit:                       unpaint erase concept=mosaic
   evaluate  only measure an edit:                     unpaint evaluate edit=FILE
+  compare   all runs as tables and a page:            unpaint compare outputs
   generate  pictures, unedited beside edited:         unpaint generate --edit FILE --prompt "a cat on a beach"
   ls        what there is to choose from:             unpaint ls concepts
   doctor    versions, devices, is the built-in model intact
@@ -110,7 +111,12 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if command in JOB_HELP:
         return _jobs(command, rest)
-    others: dict[str, Callable[[list[str]], int]] = {"generate": _generate, "ls": _ls, "doctor": _doctor}
+    others: dict[str, Callable[[list[str]], int]] = {
+        "compare": _compare,
+        "generate": _generate,
+        "ls": _ls,
+        "doctor": _doctor,
+    }
     if command not in others:
         commands = [*JOB_HELP, *others]
         raise UserError(f"no command {command!r}{nearest(command, commands)}; there are: {', '.join(commands)}")
@@ -343,6 +349,43 @@ def _generate(rest: list[str]) -> int:
         edits, args.prompt, Path(args.out), args.seed, args.steps, args.guidance, generate.model_config(args.model)
     )
     print(out)
+    return 0
+
+
+def _compare(rest: list[str]) -> int:
+    parser = _Parser(
+        prog="unpaint compare",
+        description="All runs of a folder, or two of them side by side: a table here, and compare.html, .csv and .md.",
+    )
+    add = parser.add_argument
+    add(
+        "folders",
+        nargs="*",
+        default=["outputs"],
+        metavar="FOLDER",
+        help="one with runs (default: outputs), or two runs' own",
+    )
+    add("--out", type=Path, metavar="DIR", help="where the files go (default: FOLDER/compare)")
+    add("--no-pictures", action="store_true", help="a page without pictures: smaller, and sooner there")
+    add("--retention", default="retention/ira", metavar="METRIC", help="what is held against UA (default: %(default)s)")
+    add(
+        "--score",
+        metavar="METRIC=WEIGHT,...",
+        help="order by a weighted mean of rates, as erasure/ua=1,retention/ira=1",
+    )
+    args = parser.parse_args(rest)
+    if len(args.folders) > 2:
+        parser.error(f"one folder or two, not {len(args.folders)}")
+    from unpaint import compare
+
+    first, *second = (Path(folder).expanduser() for folder in args.folders)
+    if second:
+        if args.score or args.retention != "retention/ira":
+            parser.error("--score and --retention order the runs of one folder; two runs have no order")
+        compare.compare_two(first, second[0], args.out, not args.no_pictures)
+        return 0
+    weights = compare.weights_of(args.score) if args.score else {}
+    compare.compare(first, args.out, not args.no_pictures, args.retention, weights)
     return 0
 
 

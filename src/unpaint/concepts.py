@@ -23,6 +23,7 @@ from unpaint.prompts import (
     same,
     slots_of,
 )
+from unpaint.seeds import seed_of
 
 KINDS = ("individual", "combination", "conditional")
 TARGET, NEIGHBOUR, IN_DOMAIN, CROSS_DOMAIN, ASKED, CONTEXT = ROLES = (
@@ -413,8 +414,6 @@ def _asked(
 
 
 def _seeded(lists: Sequence[List], seed: int) -> list[Case]:
-    from unpaint.sampling import seed_of
-
     found: list[list[Case]] = []
     for part, group, asked, count, _ in lists:
         key = zlib.crc32(group.encode())

@@ -103,7 +103,10 @@ def test_evaluate_needs_an_edit_and_run_makes_its_own(edit_file: Path) -> None:
     ("arguments", "says"),
     [
         (["rum"], "did you mean run"),
-        (["compare"], "there are: run"),
+        (["comparee"], "did you mean compare"),
+        (["compare", "/no/such/folder"], "no such folder"),
+        (["compare", "a", "b", "c"], "one folder or two"),
+        (["compare", "a", "--score", "erasure/ua"], "METRIC=WEIGHT"),
         (["run", "--multi"], "--multi"),
         (["run", "--resolve"], "--resolve"),
         (["run", "hydra/launcher=nowhere"], "hydra/launcher/nowhere"),
@@ -127,7 +130,9 @@ def test_no_command_prints_the_help_and_is_an_error() -> None:
     assert "usage: unpaint" in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["generate", "--help"], ["ls"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["run", "--help"], ["generate", "--help"], ["compare", "--help"], ["ls"], ["--version"]]
+)
 def test_help_and_ls_answer_at_once_without_torch(arguments: list[str]) -> None:
     code = (
         "import sys; from unpaint.cli import main; code = main(sys.argv[1:]); "

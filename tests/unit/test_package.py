@@ -34,6 +34,7 @@ def test_the_wheel_holds_configs_and_weights(wheel: Path) -> None:
     weights = ROOT / "src/unpaint/picturebook/weights"
     shipped = {str(file.relative_to(ROOT / "src")) for file in weights.rglob("*") if file.is_file()}
     assert shipped <= held
+    assert {f"unpaint/report/page.{kind}" for kind in ("html.j2", "css", "js")} <= held
     assert not any(name.startswith(("tests", "conf/", "outputs")) for name in held)
 
 
@@ -57,7 +58,8 @@ def test_the_installed_wheel_finds_its_configs(wheel: Path, tmp_path: Path) -> N
 def test_importing_unpaint_does_not_import_torch() -> None:
     code = (
         "import sys, unpaint, unpaint.cli, unpaint.config, unpaint.errors, unpaint.listing, unpaint.edit_header, "
-        "unpaint.concepts; assert 'torch' not in sys.modules; unpaint.Edit; assert 'torch' in sys.modules"
+        "unpaint.concepts, unpaint.compare; assert 'torch' not in sys.modules; "
+        "unpaint.Edit; assert 'torch' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 

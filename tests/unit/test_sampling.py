@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from unpaint import sampling
 from unpaint.errors import UserError
 from unpaint.model import TextToImage, load_model
-from unpaint.sampling import Bank, Paintings, Sampler, Underway, denoise_on, denoise_to, noise, paint, seed_of
+from unpaint.sampling import Bank, Paintings, Sampler, Underway, denoise_on, denoise_to, noise, paint
+from unpaint.seeds import NAMESPACES, seed_of
 
 PROMPTS = ["a cat", "a dog at night", "two birds", "a house", "a cat", "a boat on a beach"]
 SEEDS = [3, 1, 4, 15, 92, 65]
@@ -34,7 +34,7 @@ def painted(model: TextToImage, prompts: list[str], seeds: list[int], batch_size
 
 def test_seeds_are_stable_and_namespaces_never_meet() -> None:
     assert seed_of("score", 0, 7) == 670850851  # written down once: a change would repaint everybody's pictures
-    drawn = {space: {seed_of(space, s, i) for s in range(3) for i in range(500)} for space in sampling.NAMESPACES}
+    drawn = {space: {seed_of(space, s, i) for s in range(3) for i in range(500)} for space in NAMESPACES}
     assert all(len(seeds) == 1500 and max(seeds) < 2**32 for seeds in drawn.values())
     assert len(set.union(*drawn.values())) == 1500 * len(drawn)
     assert {seed % 8 for seed in drawn["bank"]} == {0}

@@ -1,4 +1,4 @@
-"""Painted pictures and what was read from them, kept on disk batch by batch.
+"""Painted pictures and what was read from them, kept on disk batch by batch. Imports no torch before a tensor is read.
 
 A batch is the unit of painting, resuming and sharding: the same prompts and seeds always run through the network
 together, so neither a resumed run nor the number of ranks changes a bit of a picture.
@@ -14,12 +14,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from unpaint.concepts import NEUTRAL, Case
-from unpaint.tensor_file import read_tensor, write_tensor
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from unpaint.model import TextToImage
     from unpaint.sampling import Sampler
 
@@ -99,6 +98,8 @@ class PictureStore:
         return self._read(self._picture_file(key, batch), batch)
 
     def keep_pictures(self, key: str, batch: Batch, pictures: Tensor) -> None:
+        from unpaint.tensor_file import write_tensor
+
         write_tensor(self._picture_file(key, batch), pictures)
 
     def reading(self, key: str, reader: str, batch: Batch) -> Tensor | None:
@@ -106,9 +107,13 @@ class PictureStore:
         return self._read(self._reading_file(key, reader, batch), batch)
 
     def keep_reading(self, key: str, reader: str, batch: Batch, reading: Tensor) -> None:
+        from unpaint.tensor_file import write_tensor
+
         write_tensor(self._reading_file(key, reader, batch), reading)
 
     def _read(self, path: Path, batch: Batch) -> Tensor | None:
+        from unpaint.tensor_file import read_tensor
+
         found = read_tensor(path)
         return found[0] if found is not None and len(found[0]) == len(batch.cases) else None
 

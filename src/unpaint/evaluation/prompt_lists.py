@@ -112,7 +112,7 @@ def cases_of(rows: Sequence[Row], concept: AnyConcept, part: str, seed: int) -> 
 
     Raises UserError for a set: nothing says which member a prompt asks for.
     """
-    from unpaint.sampling import seed_of
+    from unpaint.seeds import seed_of
 
     if len(concept.members) > 1:
         raise UserError(f"a file of prompts is judged for one concept; '{concept.name}' is a set of them")

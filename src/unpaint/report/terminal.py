@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 NARROW = 76  # columns; below, the table keeps what matters most
-_COSTS = {
+COSTS = {
     "erase_seconds": ("erasing took", "seconds"),
     "evaluate_seconds": ("evaluating took", "seconds"),
     "seconds_to_ua95": ("erased to 95 % after", "seconds"),
@@ -40,9 +40,9 @@ def show(record: RunRecord, files: Mapping[str, Path | str] | None = None, conso
         table.add_column(heading, justify="left" if heading == "in short" else "right", no_wrap=heading != "in short")
     for name, metric in record.metrics.items():
         cells = {
-            "unedited": _number(metric, "base"),
-            "edited": f"[bold]{_number(metric, 'value')}[/bold]",
-            "95 % interval": f"{_number(metric, 'low', '')}–{_number(metric, 'high')}",
+            "unedited": number(metric, "base"),
+            "edited": f"[bold]{number(metric, 'value')}[/bold]",
+            "95 % interval": f"{number(metric, 'low', '')}–{number(metric, 'high')}",
             "n": str(metric.get("n", "–")),
             "in short": verdict(name, metric),
         }
@@ -52,8 +52,8 @@ def show(record: RunRecord, files: Mapping[str, Path | str] | None = None, conso
         console.print(table)
     else:
         console.print(f"[bold]{_title(record)}[/bold]")
-    lines = [(words, _amount(record.cost[key], kind)) for key, (words, kind) in _COSTS.items() if key in record.cost]
-    lines += [(key, str(value)) for key, value in record.cost.items() if key not in _COSTS]
+    lines = [(words, amount(record.cost[key], kind)) for key, (words, kind) in COSTS.items() if key in record.cost]
+    lines += [(key, str(value)) for key, value in record.cost.items() if key not in COSTS]
     _pairs(console, "cost", lines)
     _pairs(console, "written", [(what, str(path)) for what, path in (files or {}).items()])
 
@@ -77,19 +77,19 @@ def _title(record: RunRecord) -> str:
     from rich.markup import escape
 
     state = {"complete": "", "failed": " (failed)", "interrupted": " (interrupted, go on with the same command)"}
-    words = _concept(record)["{target}"]
+    words = slots(record)["{target}"]
     return escape(f"“{words}” erased from {record.model} by {record.method}, seed {record.seed}{state[record.status]}")
 
 
 def _in_words(title: str, record: RunRecord) -> str:
     from rich.markup import escape
 
-    for slot, words in _concept(record).items():
+    for slot, words in slots(record).items():
         title = title.replace(slot, words)
     return escape(title)
 
 
-def _concept(record: RunRecord) -> dict[str, str]:
+def slots(record: RunRecord) -> dict[str, str]:
     """What the slots of a title stand for; for a set, its members' words."""
     concept = record.config.get("concept", {})
     members = list((concept.get("members") or {"": concept}).values())
@@ -127,7 +127,7 @@ def verdict(name: str, metric: Mapping[str, Any]) -> str:
     return "[green]kept[/green]" if ratio >= 0.9 else "partly lost" if ratio >= 0.7 else "[red]lost[/red]"
 
 
-def _number(metric: Mapping[str, Any], key: str, sign: str = " %") -> str:
+def number(metric: Mapping[str, Any], key: str, sign: str = " %") -> str:
     value = metric.get(key)
     if value is None:
         return "–"
@@ -137,7 +137,7 @@ def _number(metric: Mapping[str, Any], key: str, sign: str = " %") -> str:
     return f"{100 * value:.2f}" if metric["unit"] == "cosine" else f"{value:.3g}"
 
 
-def _amount(value: Any, kind: str) -> str:
+def amount(value: Any, kind: str) -> str:
     if value is None:
         return "never" if kind == "seconds" else "–"
     if kind == "seconds":

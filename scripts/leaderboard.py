@@ -1,0 +1,140 @@
+"""The leaderboard: keeps the records of a sweep, small, under docs/results, and makes docs/results.md of what is kept.
+
+    python scripts/leaderboard.py keep outputs     copy the records of every complete run there, without machine paths
+    python scripts/leaderboard.py write            docs/results.md from docs/results
+
+The text of docs/results.md outside the two marks is written by hand and left as it is.
+"""
+
+import argparse
+import dataclasses
+import re
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from unpaint.config import compose
+from unpaint.errors import UserError
+from unpaint.listing import conf_dir, options
+from unpaint.report.aggregate import Summary, summarized
+from unpaint.report.gather import Run, flat, gather
+from unpaint.report.tables import NOTES, apart, markdown, order_in_words
+from unpaint.results import RunRecord
+
+DOCS = Path(__file__).parents[1] / "docs"
+BEGIN, END = "<!-- made by scripts/leaderboard.py -->", "<!-- end -->"
+HEAD = "# Results\n\nThe Picturebook leaderboard; what the numbers mean: [evaluation.md](evaluation.md).\n"
+# What the records say of a machine and of one user's folders; it says nothing about the numbers.
+_LOOSE = ("outputs", "force", "logger", "trainer", "checkpoint_seconds", "probes", "plugins")
+
+
+def keep(outputs: Path, results: Path) -> list[Path]:
+    """Copy the complete records below `outputs` to `results/<concept>/<method>/<run_id>/`; returns their paths."""
+    kept = []
+    for run in gather(outputs).runs:
+        if run.record.status == "complete":
+            record = slim(run.record)
+            kept.append(record.save(results / record.concept / record.method / record.run_id))
+    return kept
+
+
+def slim(record: RunRecord) -> RunRecord:
+    """The record without paths and the platform's name, and with numbers to six digits."""
+    config = {key: value for key, value in record.config.items() if key not in _LOOSE}
+    environment: dict[str, Any] = {
+        key: record.environment[key] for key in ("unpaint", "git", "torch", "device") if key in record.environment
+    }
+    metrics = {name: {key: _short(value) for key, value in metric.items()} for name, metric in record.metrics.items()}
+    return dataclasses.replace(record, config=config, environment=environment, metrics=metrics)
+
+
+def _short(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _short(item) for key, item in value.items()}
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def write(results: Path, page: Path) -> Path:
+    """Put the tables of `results`, and the command for each row, between the marks of `page`."""
+    summary = summarized(gather(results))
+    told = [f"- {line}" for line in [*apart(summary), *(f"{f.kind}: {f.text}" for f in summary.gathered.faults)]]
+    parts = [order_in_words(summary), " ".join(NOTES), *markdown(summary), "## The command for each row"]
+    parts += [
+        "```\n" + "\n".join(commands(summary)) + "\n```",
+        *(["## Missing or apart", "\n".join(told)] if told else []),
+    ]
+    made = "\n\n".join([BEGIN, *parts, END])
+    before, _, rest = (page.read_text(encoding="utf-8") if page.is_file() else f"{HEAD}\n{BEGIN}{END}").partition(BEGIN)
+    after = rest.partition(END)[2]
+    page.write_text(f"{before}{made}{after.rstrip()}\n", encoding="utf-8")
+    return page
+
+
+def commands(summary: Summary) -> Iterator[str]:
+    """What runs each row again: its choices, and every option that is not the shipped default."""
+    for row in summary.gathered.rows:
+        runs = [run for some in row.runs.values() for run in some]
+        sweep = " -m" if len(row.runs) > 1 else ""
+        seeds = ",".join(map(str, row.runs))
+        for evaluator in dict.fromkeys(_evaluator(run) for run in runs):
+            run = next(run for run in runs if _evaluator(run) == evaluator)
+            chosen = (f"method={row.method}", f"concept={row.concept}", f"evaluator={evaluator}")
+            yield " ".join([f"unpaint run{sweep}", *chosen, f"seed={seeds}", *_changed(run, _default(*chosen))])
+
+
+def _evaluator(run: Run) -> str:
+    """The shipped evaluator that differs least from the run's."""
+    own = flat(run.record.config.get("evaluator") or {})
+    names = [option.name for option in options([conf_dir()], "evaluator")]
+    return min(names, key=lambda name: len(set(own.items()) ^ set(_part(_default(f"evaluator={name}"), "evaluator"))))
+
+
+@cache
+def _default(*overrides: str) -> dict[str, Any]:
+    config = OmegaConf.to_container(compose(overrides), resolve=True)
+    assert isinstance(config, dict)
+    return flat({key: config[key] for key in ("model", "concept", "method", "evaluator")})
+
+
+def _part(config: dict[str, Any], name: str) -> list[tuple[str, Any]]:
+    return [(key.partition(".")[2], value) for key, value in config.items() if key.startswith(f"{name}.")]
+
+
+def _changed(run: Run, default: dict[str, Any]) -> Iterator[str]:
+    config = run.record.config
+    own = flat({key: config[key] for key in ("model", "concept", "method", "evaluator") if key in config})
+    for key, value in own.items():
+        if key not in default or default[key] != value:
+            text = (
+                {None: "null", True: "true", False: "false"}.get(value, value)
+                if not isinstance(value, float)
+                else value
+            )
+            sign = "" if key in default else "+"
+            yield f"'{sign}{key}={text}'" if re.search(r"[^\w.=/-]", str(text)) else f"{sign}{key}={text}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands_ = parser.add_subparsers(dest="command", required=True)
+    commands_.add_parser("keep").add_argument("outputs", type=Path)
+    commands_.add_parser("write")
+    args = parser.parse_args()
+    try:
+        if args.command == "keep":
+            kept = keep(args.outputs, DOCS / "results")
+            size = sum(path.stat().st_size for path in kept)
+            print(f"{len(kept)} records, {size / 2**20:.1f} MiB, in {DOCS / 'results'}")
+        else:
+            print(write(DOCS / "results", DOCS / "results.md"))
+    except UserError as error:
+        print(f"leaderboard: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

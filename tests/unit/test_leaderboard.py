@@ -1,0 +1,66 @@
+"""The leaderboard's script: what it keeps is small and says the same, and its commands are commands."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from unpaint.config import check, compose
+from unpaint.results import RunRecord
+
+
+@pytest.fixture(scope="module")
+def leaderboard() -> ModuleType:
+    file = Path(__file__).parents[2] / "scripts" / "leaderboard.py"
+    spec = importlib.util.spec_from_file_location("leaderboard", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def record(seed: int, *overrides: str) -> RunRecord:
+    from omegaconf import OmegaConf
+
+    config: Any = OmegaConf.to_container(compose(["outputs=/home/somebody/outputs", *overrides]), resolve=True)
+    metric = {"value": 2 / 3, "low": 0.5, "high": 0.8, "n": 96, "base": 0.0, "unit": "rate", "higher_is_better": True}
+    return RunRecord(
+        run_id=f"{seed:012d}",
+        status="complete",
+        started="2026-01-01T00:00:00+00:00",
+        finished="2026-01-01T00:02:00+00:00",
+        method=config["method"]["name"],
+        concept=config["concept"]["name"],
+        model="picturebook",
+        seed=seed,
+        config=config,
+        metrics={"erasure/ua": metric, "retention/ira": metric},
+        environment={"unpaint": "0.1.0", "platform": "somebody's machine", "packages": {}},
+    )
+
+
+def test_it_keeps_records_and_writes_tables_and_commands_between_the_marks(
+    leaderboard: ModuleType, tmp_path: Path
+) -> None:
+    for seed in (0, 1):
+        record(seed, "method=esd", "concept=dog", "method.lr=0.5").save(tmp_path / "outputs" / str(seed))
+    kept = leaderboard.keep(tmp_path / "outputs", tmp_path / "results")
+    assert len(kept) == 2
+    text = kept[0].read_text()
+    assert "somebody" not in text
+    assert json.loads(text)["metrics"]["erasure/ua"]["value"] == 0.666667
+    page = tmp_path / "results.md"
+    page.write_text(f"# Results\n\nBy hand.\n\n{leaderboard.BEGIN}old{leaderboard.END}\n\nBelow.\n")
+    leaderboard.write(tmp_path / "results", page)
+    leaderboard.write(tmp_path / "results", page)
+    written = page.read_text()
+    assert written.startswith("# Results\n\nBy hand.")
+    assert written.endswith("Below.\n")
+    assert "old" not in written
+    assert written.count("| esd | 1 | 2 | 66.7 ") == 1
+    command = next(line for line in written.splitlines() if line.startswith("unpaint run"))
+    assert command == "unpaint run -m method=esd concept=dog evaluator=quick seed=0,1 method.lr=0.5"
+    check(command.split()[3:], multirun=True)
