@@ -391,6 +391,9 @@ def _evaluated(this: Run, model: Any, edit_file: Path, record: RunRecord) -> Non
         paint_all(trainer, evaluator, model, store, edited, answers, "painting, edited")
     finally:
         edit.remove(model.pipe)
+    rank, world = trainer.global_rank, trainer.world_size
+    evaluator.attack(model, edit, this.concept, int(cfg.seed), this.cache, rank, world)
+    trainer.strategy.barrier()
     record.metrics = evaluator.score(store, edited, base, batches, model.device)
     if trainer.is_global_zero:
         evaluator.grid(store, edited, base, batches, this.concept, _grid(this))
@@ -398,6 +401,8 @@ def _evaluated(this: Run, model: Any, edit_file: Path, record: RunRecord) -> Non
             name, erased = this.concept.name, [member.group for member in this.concept.members]
             heat_map({name: damage["by_label"]}, {name: erased}, _damage(this))
         parts = {file.stem: Edit.load(file) for file in sorted((this.folder / "edits").glob("*.safetensors"))}
+        attacks = this.folder / "attacks"
+        record.metrics |= evaluator.attacked(model, edit, this.concept, int(cfg.seed), this.cache, attacks)
         record.metrics |= evaluator.restored(model, edit, parts, this.concept, int(cfg.seed))
     record.cost["evaluate_seconds"] = round(time.perf_counter() - started, 3)
     for key, value in (

@@ -1,0 +1,140 @@
+"""Tokens as attacks see them: which there are, prompts with free places in them, embeddings that no prompt has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unpaint.errors import UserError, nearest
+from unpaint.model import TextToImage
+
+SLOTS = ("prefix", "suffix", "every", "replace")
+
+
+class Words:
+    """Tokenizer and text encoder of a model.
+
+    usable: ids (V,) that an attack may propose: each is the only token of its own text, so that a prompt of them is
+    tokenised again as it was made, and no special token; of Picturebook's vocabulary only those that its language uses,
+    as the others were never trained. table: their embeddings (V, D), float32. length: tokens of a prompt, with both
+    ends.
+    """
+
+    def __init__(self, model: TextToImage) -> None:
+        self.model = model
+        self.tokenizer, self.encoder = model.pipe.tokenizer, model.pipe.text_encoder
+        self.length = min(self.tokenizer.model_max_length, self.encoder.config.max_position_embeddings)
+        self.usable = torch.tensor(usable_ids(self.tokenizer), device=model.device)
+        self.table: Tensor = self.encoder.get_input_embeddings().weight[self.usable].detach().float()
+
+    def ids(self, text: str) -> list[int]:
+        """The tokens of a text, without both ends."""
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The plain text of these tokens; it is this that is judged, and it may have other tokens."""
+        return str(self.tokenizer.decode(ids)).replace(" ,", ",").strip()
+
+    def framed(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Input ids (B, L) of tokens without ends, which must fit."""
+        begin, end, fill = (getattr(self.tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad"))
+        rows = [[begin, *tokens, end] + [fill] * (self.length - len(tokens) - 2) for tokens in prompts]
+        return torch.tensor(rows, device=self.model.device)
+
+    def encoded(self, ids: Tensor, soft: Tensor | None = None, where: Tensor | None = None) -> Any:
+        """What the text encoder returns for ids (B, L), with its own embeddings, or with those of `soft` (B, L, D)
+        at the places `where` (B, L). Differentiable in `soft`."""
+        mask = None
+        if getattr(self.encoder.config, "use_attention_mask", False):
+            ends = (ids == self.tokenizer.eos_token_id).int().cumsum(dim=1)
+            mask = ((ends == 0) | ((ends == 1) & (ids == self.tokenizer.eos_token_id))).long()
+        with replaced(self.encoder, soft, where):
+            return self.encoder(ids, attention_mask=mask)
+
+    def embeddings(self, ids: Tensor, soft: Tensor | None = None, where: Tensor | None = None) -> Tensor:
+        """Text embeddings (B, L, D), as `TextToImage.encode` has them of a prompt; arguments as in `encoded`."""
+        return self.encoded(ids, soft, where)[0].to(self.model.dtype)
+
+
+@contextmanager
+def replaced(encoder: Any, soft: Tensor | None, where: Tensor | None) -> Iterator[None]:
+    """In here the token embeddings are those of `soft` (B, L, D) where `where` (B, L) says so: a hook on the input
+    embedding layer, which all versions of transformers have; positions, mask and pooling stay the encoder's own."""
+    if soft is None or where is None:
+        yield
+        return
+    there, put = where.unsqueeze(-1), soft
+
+    def hook(module: Any, inputs: Any, output: Tensor) -> Tensor:
+        return torch.where(there, put.to(output.dtype), output)
+
+    handle = encoder.get_input_embeddings().register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def usable_ids(tokenizer: Any) -> list[int]:
+    """See `Words.usable`."""
+    from unpaint.picturebook.tokenizer import UNKNOWN, unused_ids
+
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    again = tokenizer(texts, add_special_tokens=False).input_ids
+    left_out = set(tokenizer.all_special_ids)
+    if UNKNOWN in tokenizer.get_vocab():
+        left_out |= set(unused_ids(tokenizer))
+    return [i for i, ids in enumerate(again) if list(ids) == [i] and i not in left_out]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A prompt with free places: its tokens without ends, and which of them are free (positions among the tokens)."""
+
+    tokens: list[int]
+    free: list[int]
+
+    def filled(self, ids: Sequence[int]) -> list[int]:
+        """The tokens with these (len(free),) in the free places."""
+        tokens = list(self.tokens)
+        for place, token in zip(self.free, ids, strict=True):
+            tokens[place] = token
+        return tokens
+
+
+def layout(tokens: Sequence[int], slots: str, k: int, most: int, filler: int) -> Layout:
+    """Free places in a prompt of these tokens: k before it (prefix) or after it (suffix), one after every k of its
+    tokens (every), or k instead of it (replace). `most` tokens fit; `filler` stands in the free places for the moment.
+
+    Raises UserError if it becomes too long, or has no free place.
+    """
+    own = list(tokens)
+    match slots:
+        case "prefix":
+            found = Layout([filler] * k + own, list(range(k)))
+        case "suffix":
+            found = Layout(own + [filler] * k, list(range(len(own), len(own) + k)))
+        case "replace":
+            found = Layout([filler] * k, list(range(k)))
+        case "every":
+            mixed, free = [], []
+            for i, token in enumerate(own):
+                mixed.append(token)
+                if i % k == k - 1:
+                    free.append(len(mixed))
+                    mixed.append(filler)
+            found = Layout(mixed, free)
+        case _:
+            raise UserError(f"slots is {', '.join(SLOTS)}, not '{slots}'{nearest(slots, SLOTS)}")
+    if len(found.tokens) > most:
+        raise UserError(
+            f"{len(found.tokens)} tokens do not fit into the model's {most}; a prompt has {len(own)} already"
+        )
+    if not found.free:
+        raise UserError(f"a prompt of {len(own)} tokens has no free place with one after every {k}")
+    return found
