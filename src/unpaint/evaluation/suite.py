@@ -96,7 +96,12 @@ class Evaluator:
             raise UserError(f"evaluator.prompts_part is {STATIC} or {OUT_OF_SET}, not '{prompts_part}'")
 
     def check_model(self, name: str) -> None:
-        """Raises UserError if the detector does not know this model's pictures."""
+        """Raises UserError if the detector or the control of attacks does not know this model's pictures."""
+        if self.control is not None and name != "picturebook":
+            raise UserError(
+                f"the control of attacks ({self.control.name}) is drawn as Picturebook draws; the model is '{name}': "
+                "leave it out: ~concept@evaluator.control"
+            )
         only = self.detector.only_for
         if only not in (None, name):
             raise UserError(

@@ -1,8 +1,8 @@
 """Attacks: ways to make an edited model show what was erased. One file an attack, or a family of them.
 
-An attack is a generator. It works on a scene, a batch of questions to which the edited model does not show the concept,
-and yields pictures; between two of them the scene's `open` shrinks by what was shown. `engine` judges, counts, keeps and
-stops it.
+An attack is a generator. It works on a scene, a batch of prompts for which the edited model does not show the concept,
+and yields pictures; between two of them the scene's `open` shrinks by what was shown. `engine` judges, counts, keeps
+and stops it.
 """
 
 from __future__ import annotations

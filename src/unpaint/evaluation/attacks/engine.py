@@ -22,7 +22,7 @@ from torch import Tensor
 
 import unpaint
 from unpaint.concepts import IN_SET, TARGET, AnyConcept, Case, Concept
-from unpaint.evaluation.attacks import Attack, Scene, Try, digest, digest_of, pictures_of
+from unpaint.evaluation.attacks import Attack, Scene, digest, digest_of, pictures_of
 from unpaint.evaluation.metrics.rates import shown
 from unpaint.evaluation.pictures import PictureStore, batches_of, picture_key
 from unpaint.evaluation.stats import rate_summary, wilson
@@ -77,7 +77,7 @@ class Unit:
 
 
 def units(attack: Attack, concept: AnyConcept, control: Concept | None, seed: int, size: int) -> list[Unit]:
-    """All that is to be done for an attack: the concept on the edited and the unedited model, the control on the edited.
+    """All that is to be done for an attack: the concept on both models, the control on the edited one.
 
     The first `attack.prompts` target cases of the concept, in batches of at most `size`, none of two members of a set.
     """
@@ -169,7 +169,9 @@ class Campaign:
         base = self.base if unit.edited else {}
         count = len(cases)
         kept = folder / digest(unit.concept.name)
-        shared = self.folder(attack, False)
+        # Edits of the text encoder have no part in what belongs to the unedited one.
+        text_edited = any(key.startswith("text_encoder") for key in self.edit.delta.keys() | self.edit.zero.keys())
+        shared = self.folder(attack, unit.edited and text_edited)
         pictures = pictures_of(cases, unit.drawn, self.model, base, self.sampler)
         scene = Scene(
             self.model, base, unit.concept, cases, pictures, unit.drawn, self.sampler, self.seed, kept, shared,

@@ -1,9 +1,9 @@
 """Token attacks: free tokens in a prompt, found through the gradient of the edited model's own denoising.
 
 One engine for UnlearnDiffAtk (Zhang et al. 2024, arXiv 2310.11868) and P4D (Chin et al. 2024, arXiv 2309.06135). What
-they have in common: noise a picture that shows the concept, ask what the edited model predicts there for the prompt with
-the free tokens, and make that right. All rows are optimised side by side; each has its own chance and its own gradient,
-as the losses are added up and Adam works number by number.
+they have in common: noise a picture that shows the concept, ask what the edited model predicts there for the prompt
+with the free tokens, and make that right. All rows are optimised side by side; each has its own chance and its own
+gradient, as the losses are added up and Adam works number by number.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +12,11 @@ import torch
 from torch import Tensor
 
 from unpaint.errors import UserError, nearest
+from unpaint.evaluation.attacks import Scene, Try, digest_of
 from unpaint.model import TextToImage
+from unpaint.results import write_json
 
+AT_ONCE = 256
 SLOTS = ("prefix", "suffix", "every", "replace")
 
 
@@ -38,7 +42,9 @@ class Words:
 
     def text(self, ids: Sequence[int]) -> str:
         """The plain text of these tokens; it is this that is judged, and it may have other tokens."""
-        return str(self.tokenizer.decode(ids)).replace(" ,", ",").strip()
+        text = str(self.tokenizer.decode(ids)).strip()
+        tidy = text.replace(" ,", ",")
+        return tidy if self.ids(tidy) == list(ids) else text
 
     def framed(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Input ids (B, L) of tokens without ends, which must fit."""
@@ -55,6 +61,12 @@ class Words:
             mask = ((ends == 0) | ((ends == 1) & (ids == self.tokenizer.eos_token_id))).long()
         with replaced(self.encoder, soft, where):
             return self.encoder(ids, attention_mask=mask)
+
+    @torch.no_grad()
+    def embedded(self, prompts: Sequence[Sequence[int]], pooled: bool = False) -> Tensor:
+        """Text embeddings (n, L, D) of tokens without ends, or what the encoder pools of them (n, D); float32."""
+        parts = [self.encoded(self.framed(prompts[i : i + AT_ONCE])) for i in range(0, len(prompts), AT_ONCE)]
+        return torch.cat([(part.pooler_output if pooled else part[0]).float() for part in parts])
 
     def embeddings(self, ids: Tensor, soft: Tensor | None = None, where: Tensor | None = None) -> Tensor:
         """Text embeddings (B, L, D), as `TextToImage.encode` has them of a prompt; arguments as in `encoded`."""
@@ -138,3 +150,28 @@ def layout(tokens: Sequence[int], slots: str, k: int, most: int, filler: int) ->
     if not found.free:
         raise UserError(f"a prompt of {len(own)} tokens has no free place with one after every {k}")
     return found
+
+
+def by_text_alone(
+    scene: Scene, search: Callable[[Sequence[int]], Iterator[Sequence[str] | None]]
+) -> Iterator[Try | None]:
+    """The attempts of an attack that looks at the text encoder only: what it finds does not depend on the edit, and is
+    kept beside the unedited model's outcomes. `search(rows)` yields None now and then, and in the end the rows' texts.
+    """
+    files = {row: scene.shared / "texts" / f"{digest_of(scene.cases[row])}.json" for row in scene.open}
+    found: dict[int, str] = {}
+    for row, file in files.items():
+        try:
+            found[row] = str(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            continue
+    missing = [row for row in scene.open if row not in found]
+    for texts in search(missing) if missing else ():
+        if texts is None:
+            yield None
+            continue
+        for row, text in zip(missing, texts, strict=True):
+            found[row] = text
+            write_json(files[row], text)
+    rows = list(scene.open)
+    yield scene.painted(rows, [found[row] for row in rows])
