@@ -332,6 +332,27 @@ def test_found_prompts_are_replayed_on_other_edits(model: TextToImage, ungreen: 
     }
 
 
+def test_prompts_of_a_file_are_attacked_each_with_its_guidance(
+    model: TextToImage, ungreen: Edit, tmp_path: Path
+) -> None:
+    seen: list[Scene] = []
+
+    class Look(Say):
+        def attempts(self, scene: Scene) -> Iterator[Try | None]:
+            seen.append(scene)
+            return iter(())
+
+    file = tmp_path / "prompts.csv"
+    file.write_text("prompt,evaluation_seed,evaluation_guidance\none,7,2\nanother,8,3\nthird,9,2\n")
+    here = campaign(model, ungreen, tmp_path, Look(), control=True)
+    here.evaluator.prompts_csv = str(file)
+    here.run(Look())
+    given = [(scene.prompts(scene.open), scene.seeds(scene.open), scene.sampler.guidance) for scene in seen]
+    assert given[:2] == [(["one", "third"], [7, 9], 2.0), (["another"], [8], 3.0)]
+    assert all(scene.concept.name == "umbrella" for scene in seen[2:]) and len(seen) == 4
+    assert here.scores(Look())["attack/say/asr"]["n"] == 3
+
+
 def test_an_evaluator_refuses_what_cannot_be_told_apart_and_a_control_that_is_not_its_model_s() -> None:
     with pytest.raises(UserError, match="two attacks of the evaluator are called 'say'"):
         Evaluator(

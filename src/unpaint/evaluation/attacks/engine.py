@@ -21,13 +21,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import unpaint
-from unpaint.concepts import IN_SET, TARGET, AnyConcept, Case, Concept
+from unpaint.concepts import IN_SET, STATIC, TARGET, AnyConcept, Case, Concept
 from unpaint.evaluation.attacks import Attack, Scene, digest, digest_of, pictures_of
 from unpaint.evaluation.metrics.rates import shown
 from unpaint.evaluation.pictures import PictureStore, batches_of, picture_key
+from unpaint.evaluation.prompt_lists import cases_of, prompts_from_csv
 from unpaint.evaluation.stats import rate_summary, wilson
 from unpaint.results import write_json
-from unpaint.sampling import paint, seed_of
+from unpaint.sampling import Sampler, paint, seed_of
 
 if TYPE_CHECKING:
     from unpaint.edit import Edit
@@ -76,27 +77,33 @@ class Unit:
     share: float  # of the attack's budget
 
 
-def units(attack: Attack, concept: AnyConcept, control: Concept | None, seed: int, size: int) -> list[Unit]:
+def units(
+    attack: Attack, concept: AnyConcept, control: Concept | None, seed: int, size: int, csv: str | None = None
+) -> list[Unit]:
     """All that is to be done for an attack: the concept on both models, the control on the edited one.
 
-    The first `attack.prompts` target cases of the concept, in batches of at most `size`, none of two members of a set.
+    The cases of `asked_for` in batches of at most `size`, none of two members of a set or of two values of guidance.
     """
     wanted = [(concept, False, True), (concept, False, False)]
     if control is not None and control.name != concept.name:
         wanted.insert(1, (control, True, True))
     found = []
     for asked, drawn, edited in wanted:
-        cases = asked_for(attack, asked, seed)
+        cases = asked_for(attack, asked, seed, None if drawn else csv)
         for member in asked.members:
             own = [case for case in cases if set(_labels(case)) == set(member.labels)]
-            for start in range(0, len(own), size):
-                some = tuple(own[start : start + size])
-                found.append(Unit(member, some, drawn, edited, len(some) / len(cases)))
+            for guidance in dict.fromkeys(case.guidance for case in own):
+                alike = [case for case in own if case.guidance == guidance]
+                for start in range(0, len(alike), size):
+                    some = tuple(alike[start : start + size])
+                    found.append(Unit(member, some, drawn, edited, len(some) / len(cases)))
     return found
 
 
-def asked_for(attack: Attack, concept: AnyConcept, seed: int) -> list[Case]:
-    """The cases that are attacked."""
+def asked_for(attack: Attack, concept: AnyConcept, seed: int, csv: str | None = None) -> list[Case]:
+    """The cases that are attacked: the first of the file's prompts if there is one, else of the concept's own."""
+    if csv:
+        return cases_of(prompts_from_csv(Path(csv).expanduser()), concept, STATIC, seed)[: attack.prompts]
     return [case for case in concept.cases(seed) if case.part == IN_SET][: attack.prompts]
 
 
@@ -122,7 +129,9 @@ class Campaign:
     # ------------------------------------------------------------ the search
 
     def _mine(self, attack: Attack, rank: int, world: int) -> list[Unit]:
-        return units(attack, self.concept, self.evaluator.control, self.seed, self.evaluator.batch_size)[rank::world]
+        evaluator = self.evaluator
+        every = units(attack, self.concept, evaluator.control, self.seed, evaluator.batch_size, evaluator.prompts_csv)
+        return every[rank::world]
 
     def work(self, attack: Attack, rank: int, world: int) -> int:
         """What `progress` adds up to in `run`."""
@@ -167,14 +176,16 @@ class Campaign:
         self, attack: Attack, unit: Unit, cases: list[Case], folder: Path, progress: Callable[[int], None]
     ) -> None:
         base = self.base if unit.edited else {}
+        guidance = cases[0].guidance
+        sampler = self.sampler if guidance is None else replace(self.sampler, guidance=guidance)
         count = len(cases)
         kept = folder / digest(unit.concept.name)
         # Edits of the text encoder have no part in what belongs to the unedited one.
         text_edited = any(key.startswith("text_encoder") for key in self.edit.delta.keys() | self.edit.zero.keys())
         shared = self.folder(attack, unit.edited and text_edited)
-        pictures = pictures_of(cases, unit.drawn, self.model, base, self.sampler)
+        pictures = pictures_of(cases, unit.drawn, self.model, base, sampler)
         scene = Scene(
-            self.model, base, unit.concept, cases, pictures, unit.drawn, self.sampler, self.seed, kept, shared,
+            self.model, base, unit.concept, cases, pictures, unit.drawn, sampler, self.seed, kept, shared,
             list(range(count)),
         )  # fmt: skip
         started = last = time.perf_counter()
@@ -185,7 +196,7 @@ class Campaign:
 
         def note(row: int, found: bool) -> None:
             case = cases[row]
-            again = () if found or stopped is not None else self._again(attack, case, texts[row])
+            again = () if found or stopped is not None else self._again(attack, case, texts[row], sampler)
             outcome = Outcome(
                 case.prompt, case.seed, False, found, texts[row], queries[row], round(seconds[row], 3), again, stopped
             )
@@ -232,13 +243,13 @@ class Campaign:
         return found
 
     @torch.no_grad()
-    def _again(self, attack: Attack, case: Case, text: str | None) -> tuple[bool, ...]:
+    def _again(self, attack: Attack, case: Case, text: str | None, sampler: Sampler) -> tuple[bool, ...]:
         """The last text that was tried, else the prompt itself, from further seeds."""
         if attack.at_n < 2:
             return ()
         seeds = [seed_of("attack", self.seed, 9, case.seed, i) for i in range(attack.at_n - 1)]
         asked = [text or case.prompt] * len(seeds)
-        pictures = torch.cat(list(paint(self.model, asked, seeds, self.sampler, len(seeds))))
+        pictures = torch.cat(list(paint(self.model, asked, seeds, sampler, len(seeds))))
         return tuple(self.shows([case] * len(seeds), pictures))
 
     @torch.no_grad()
@@ -273,9 +284,14 @@ class Campaign:
 
     # ------------------------------------------------------------ the numbers
 
+    def asked_for(self, attack: Attack, concept: AnyConcept) -> list[Case]:
+        """The cases of the concept, or of the control, that are attacked."""
+        csv = self.evaluator.prompts_csv if concept.name == self.concept.name else None
+        return asked_for(attack, concept, self.seed, csv)
+
     def outcomes(self, attack: Attack, concept: AnyConcept, edited: bool = True) -> list[Outcome]:
         """What became of the concept's cases; of those that are missing, after an error say, nothing."""
-        found = [self._outcome(attack, case, edited) for case in asked_for(attack, concept, self.seed)]
+        found = [self._outcome(attack, case, edited) for case in self.asked_for(attack, concept)]
         return [outcome for outcome in found if outcome is not None]
 
     def scores(self, attack: Attack) -> dict[str, dict[str, Any]]:
@@ -360,7 +376,7 @@ def transfer(campaigns: Mapping[str, Campaign], attack: Attack) -> dict[str, dic
     """
     table: dict[str, dict[str, tuple[float, int]]] = {}
     for source, campaign in campaigns.items():
-        by_case = {(case.prompt, case.seed): case for case in asked_for(attack, campaign.concept, campaign.seed)}
+        by_case = {(case.prompt, case.seed): case for case in campaign.asked_for(attack, campaign.concept)}
         won = [o for o in campaign.outcomes(attack, campaign.concept) if o.found and not o.pre and o.text is not None]
         table[source] = {}
         for tested, other in campaigns.items():

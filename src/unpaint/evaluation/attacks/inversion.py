@@ -99,16 +99,14 @@ class Lesson:
 def with_token(words: Words, concept: Concept, prompts: Sequence[str], token: Tensor) -> Tensor:
     """Text embeddings (n, L, D) of prompts in which the concept's words are this one token (D,); differentiable in it.
 
-    Raises UserError for a prompt that has none of the concept's words.
+    It comes before a prompt that has none of the concept's words, as in the paper's variant for such prompts.
     """
     filler = int(words.usable[0])
     rows, places = [], []
     for prompt in prompts:
         said = [match for text in concept.words if (match := re.search(rf"\b{re.escape(text)}\b", prompt))]
-        if not said:
-            raise UserError(f"the prompt '{prompt}' has no words for '{concept.name}' that a token could stand for")
-        longest = max(said, key=lambda match: len(match[0]))
-        before, after = prompt[: longest.start()], prompt[longest.end() :]
+        start, end = max((match.span() for match in said), key=lambda span: span[1] - span[0], default=(0, 0))
+        before, after = prompt[:start], prompt[end:]
         places.append(1 + len(words.ids(before)))
         rows.append([*words.ids(before), filler, *words.ids(after)])
     ids = words.framed([row[: words.length - 2] for row in rows])

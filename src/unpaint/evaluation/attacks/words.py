@@ -121,35 +121,37 @@ class Layout:
 
 def layout(tokens: Sequence[int], slots: str, k: int, most: int, filler: int) -> Layout:
     """Free places in a prompt of these tokens: k before it (prefix) or after it (suffix), one after every k of its
-    tokens (every), or k instead of it (replace). `most` tokens fit; `filler` stands in the free places for the moment.
+    tokens (every), or k instead of it (replace). `filler` stands in the free places for the moment.
 
-    Raises UserError if it becomes too long, or has no free place.
+    At most `most` tokens fit: the prompt's own end is cut for it. Raises UserError if there is no room for the free
+    ones, or no free place in so short a prompt.
     """
+    for kept in range(len(tokens), -1, -1):
+        found = _layout(tokens[:kept], slots, k, filler)
+        if len(found.tokens) <= most:
+            break
+    else:
+        raise UserError(f"{k} free tokens do not fit into a prompt: the model takes {most}")
+    if not found.free:
+        raise UserError(f"a prompt of {len(tokens)} tokens has no free place with one after every {k}")
+    return found
+
+
+def _layout(tokens: Sequence[int], slots: str, k: int, filler: int) -> Layout:
     own = list(tokens)
     match slots:
         case "prefix":
-            found = Layout([filler] * k + own, list(range(k)))
+            return Layout([filler] * k + own, list(range(k)))
         case "suffix":
-            found = Layout(own + [filler] * k, list(range(len(own), len(own) + k)))
+            return Layout(own + [filler] * k, list(range(len(own), len(own) + k)))
         case "replace":
-            found = Layout([filler] * k, list(range(k)))
+            return Layout([filler] * k, list(range(k)))
         case "every":
-            mixed, free = [], []
+            mixed: list[int] = []
             for i, token in enumerate(own):
-                mixed.append(token)
-                if i % k == k - 1:
-                    free.append(len(mixed))
-                    mixed.append(filler)
-            found = Layout(mixed, free)
-        case _:
-            raise UserError(f"slots is {', '.join(SLOTS)}, not '{slots}'{nearest(slots, SLOTS)}")
-    if len(found.tokens) > most:
-        raise UserError(
-            f"{len(found.tokens)} tokens do not fit into the model's {most}; a prompt has {len(own)} already"
-        )
-    if not found.free:
-        raise UserError(f"a prompt of {len(own)} tokens has no free place with one after every {k}")
-    return found
+                mixed += [token, filler] if i % k == k - 1 else [token]
+            return Layout(mixed, list(range(k, len(mixed), k + 1)))
+    raise UserError(f"slots is {', '.join(SLOTS)}, not '{slots}'{nearest(slots, SLOTS)}")
 
 
 def by_text_alone(
