@@ -44,6 +44,7 @@ def config(attack: str, pipeline: Path, outputs: Path) -> DictConfig:
             "logger=none",
             "probes=0",
             "concept.evaluation.target_pictures=2",
+            "concept.evaluation.per_label=2",
             "concept.evaluation.templates=['{concept} 1','{concept} 2']",
             *(f"~metric@evaluator.metrics.{name}" for name in ("ira", "neighbours", "cra", "clip_score")),
             "evaluator.sampler.steps=2",

@@ -363,4 +363,8 @@ def test_an_evaluator_refuses_what_cannot_be_told_apart_and_a_control_that_is_no
         )
     with pytest.raises(UserError, match=r"umbrella.*~concept@evaluator\.control"):
         evaluator(control=True).check_model("sd14")
+    lacking = evaluator(control=True)
+    lacking.control = concept("boat")
+    with pytest.raises(UserError, match="concept 'boat': detector colours lacks 'object/boat'"):
+        lacking.check_model("picturebook")
     evaluator().check_model("sd14")

@@ -97,11 +97,13 @@ class Evaluator:
 
     def check_model(self, name: str) -> None:
         """Raises UserError if the detector or the control of attacks does not know this model's pictures."""
-        if self.control is not None and name != "picturebook":
-            raise UserError(
-                f"the control of attacks ({self.control.name}) is drawn as Picturebook draws; the model is '{name}': "
-                "leave it out: ~concept@evaluator.control"
-            )
+        if self.control is not None:
+            if name != "picturebook":
+                raise UserError(
+                    f"the control of attacks ({self.control.name}) is drawn as Picturebook draws, not for model "
+                    f"'{name}'; leave it out: ~concept@evaluator.control"
+                )
+            self._check_known(self.control.name, self.control.labels)
         only = self.detector.only_for
         if only not in (None, name):
             raise UserError(
@@ -124,17 +126,20 @@ class Evaluator:
         cases = [case for case in cases if case.part in wanted]
         if not cases:
             raise UserError(f"concept '{concept.name}' has no prompts for the metrics of this evaluator: zero pictures")
-        known = list(self.detector.labels)
         for metric in self.metrics:
-            for label in (label for _, labels in asked(cases, metric) for label in labels if metric.reader is None):
-                if label not in known:
-                    raise UserError(
-                        f"concept '{concept.name}': detector {self.detector.identity} lacks '{label}'"
-                        f"{nearest(label, known)}"
-                    )
+            if metric.reader is None:
+                self._check_known(concept.name, [label for _, labels in asked(cases, metric) for label in labels])
         batches = batches_of(cases, self.batch_size, self.sampler)
         targets = [batch for batch in batches if NEUTRAL in parts and batch.cases[0].part == IN_SET]
         return batches + [neutral(batch, self.batch_size) for batch in targets]
+
+    def _check_known(self, concept: str, labels: Iterable[str]) -> None:
+        known = list(self.detector.labels)
+        for label in labels:
+            if label not in known:
+                raise UserError(
+                    f"concept '{concept}': detector {self.detector.identity} lacks '{label}'{nearest(label, known)}"
+                )
 
     def references(self, batches: Sequence[Batch]) -> list[Batch]:
         """What the unedited model paints beside the plan, for metrics that compare with it; each batch once."""
