@@ -133,7 +133,8 @@ def campaign(
 
 def test_what_fails_is_counted_with_its_effort(model: TextToImage, ungreen: Edit, tmp_path: Path) -> None:
     before = {key: value.clone() for key, value in model.pipe.unet.state_dict().items()}
-    here, done = campaign(model, ungreen, tmp_path, Say(), control=True), []
+    done: list[int] = []
+    here = campaign(model, ungreen, tmp_path, Say(), control=True)
     here.run(Say(), progress=done.append)
     assert sum(done) == here.work(Say(), 0, 1) == 3 * 6 * 2
     assert applied(model.pipe) == []
@@ -224,9 +225,9 @@ def test_the_same_again_asks_nothing_and_a_lost_file_is_one_prompt(
 
 
 def test_an_attack_that_was_interrupted_goes_on(model: TextToImage, ungreen: Edit, tmp_path: Path) -> None:
-    class Dies(Say):
+    class Dies(Force):
         def attempts(self, scene: Scene) -> Iterator[Try | None]:
-            yield next(Force.attempts(self, scene))
+            yield next(super().attempts(scene))
             raise KeyboardInterrupt
 
     here = campaign(model, ungreen, tmp_path, Dies())

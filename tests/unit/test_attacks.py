@@ -97,7 +97,9 @@ def token_attack(**options: Any) -> TokenAttack:
 def test_ids_and_soft_embeddings_are_encoded_as_the_prompt_is(model: TextToImage, words: Words) -> None:
     prompts = ["a cat 3", "dog in on, a"]
     ids = words.framed([words.ids(prompt) for prompt in prompts])
-    assert words.embeddings(ids).equal(words.embeddings(ids, torch.ones(2, 24, 32), torch.zeros(2, 24, dtype=bool)))
+    assert words.embeddings(ids).equal(
+        words.embeddings(ids, torch.ones(2, 24, 32), torch.zeros(2, 24, dtype=torch.bool))
+    )
     assert torch.allclose(words.embeddings(ids), model.encode(prompts), atol=1e-5)
     own = words.encoder.get_input_embeddings().weight[ids]
     where = torch.zeros_like(ids, dtype=torch.bool)
