@@ -6,6 +6,7 @@ python scripts/benchmark.py methods     seconds to UA 95 % of TRUST against full
 python scripts/benchmark.py memory      peak memory of scoring 10,000 pictures against that of scoring 100
 python scripts/benchmark.py ranks       an evaluation by one process against two, one thread each; and what they find
 python scripts/benchmark.py sweep       the first job of a sweep against the second, which shares what is the same
+python scripts/benchmark.py attacks --edit FILE   UnlearnDiffAtk on many prompts at once against one at a time
 """
 
 import argparse
@@ -25,7 +26,9 @@ import numpy as np
 import torch
 
 from unpaint.concepts import Case
-from unpaint.config import compose
+from unpaint.config import compose, instantiate
+from unpaint.edit import Edit
+from unpaint.evaluation.attacks.engine import Campaign
 from unpaint.evaluation.metrics.clip_score import ClipScore
 from unpaint.evaluation.metrics.diversity import Diversity
 from unpaint.evaluation.metrics.fid import Fid
@@ -266,10 +269,41 @@ def sweep(*more: str) -> dict[str, object]:
     return out
 
 
+def attacks(edit: Path, n: int = 16) -> dict[str, object]:
+    """Seconds a step and prompt of UnlearnDiffAtk on an edit, in batches of 16 and one by one, and what both found."""
+    name = "unlearn_diff"
+    header = Edit.load(edit).header
+    figures: dict[str, Any] = {}
+    for size in (n, 1):
+        chosen = [
+            f"concept={header.concept}",
+            f"+attack@evaluator.attacks.{name}={name}",
+            f"evaluator.batch_size={size}",
+        ]
+        cfg = compose([*chosen, f"evaluator.attacks.{name}.prompts={n}", f"evaluator.attacks.{name}.at_n=1"])
+        evaluator, model = instantiate(cfg.evaluator), load_model(cfg.model)
+        with tempfile.TemporaryDirectory() as cache:
+            campaign = Campaign(evaluator, model, Edit.load(edit), instantiate(cfg.concept), 0, Path(cache))
+            started = time.perf_counter()
+            campaign.run(evaluator.attacks[0])
+            scores = campaign.scores(evaluator.attacks[0])
+        asr = scores[f"attack/{name}/asr"]
+        figures["batched" if size > 1 else "one by one"] = {
+            "seconds": time.perf_counter() - started,
+            "seconds_of_search": asr["seconds"],
+            "seconds_a_picture_tried": asr["seconds"] / max(1, asr["queries"]),
+            **{key: asr[key] for key in ("value", "low", "high", "n", "queries")},
+        }
+    one, many = figures["one by one"], figures["batched"]
+    figures["times_as_fast"] = one["seconds_a_picture_tried"] / many["seconds_a_picture_tried"]
+    return figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("painting", "latents", "methods", "memory", "ranks", "sweep"))
+    parser.add_argument("what", choices=("painting", "latents", "methods", "memory", "ranks", "sweep", "attacks"))
     parser.add_argument("--concept", default="cat")
+    parser.add_argument("--edit", type=Path, help="for attacks: the file of an edit of the built-in model")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON, too")
     parser.add_argument(
         "--override", nargs="*", default=[], help="of ranks and sweep: config overrides, for a smaller run"
@@ -282,7 +316,10 @@ def main() -> None:
         "memory": memory,
         "ranks": lambda: ranks(3, *args.override),
         "sweep": lambda: sweep(*args.override),
+        "attacks": lambda: attacks(args.edit),
     }
+    if args.what == "attacks" and args.edit is None:
+        parser.error("attacks needs an edit: --edit FILE")
     figures = ways[args.what]()
     print(json.dumps(figures, indent=2))
     if args.out:

@@ -544,7 +544,9 @@ def adopt_edit(cfg: DictConfig, overrides: Sequence[str]) -> None:
     """
     from unpaint.edit_header import read_header
 
-    told = {re.split(r"[.=@]", line.lstrip("+~"), maxsplit=1)[0] for line in overrides}
+    # `concept@evaluator.control=...` chooses another concept than the one that was erased.
+    own = [line for line in overrides if "@" not in line.partition("=")[0]]
+    told = {re.split(r"[.=]", line.lstrip("+~"), maxsplit=1)[0] for line in own}
     header = read_header(Path(str(cfg.edit)).expanduser())
     # An edit that no run made, with a config or without, is still not the default method's.
     config = {"method": {"name": header["method"]}} | header["config"]

@@ -143,6 +143,13 @@ class TextToImage:
         abar = self.alphas_cumprod[t].reshape(-1, 1, 1, 1)
         return abar.sqrt().to(output.dtype) * output + (1 - abar).sqrt().to(output.dtype) * latents
 
+    def latents_of(self, pictures: Tensor) -> Tensor:
+        """The latents (B, C, h, w) as which the VAE encodes uint8 pictures (B, 3, H, W): the mean of what it says."""
+        vae = self.pipe.vae
+        with torch.no_grad():
+            encoded = vae.encode(pictures.to(self.device, vae.dtype) / 127.5 - 1).latent_dist.mode()
+        return (encoded - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) between 0 and 1, in the VAE's dtype, of latents (B, C, h, w); differentiable."""
         vae = self.pipe.vae

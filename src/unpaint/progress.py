@@ -18,7 +18,7 @@ def bar(description: str, total: int, done: int = 0, show: bool = True) -> Calla
 
     def advance(n: int) -> None:
         progress.advance(task, n)
-        if progress.finished:
+        if progress.finished and progress in _OPEN:
             progress.stop()
             _OPEN.remove(progress)
 

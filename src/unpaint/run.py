@@ -456,6 +456,9 @@ def _painted(this: Run, model: Any, edit_file: Path, share: slice = slice(None))
         paint_all(trainer, evaluator, model, store, edited, answers[share], "painting, edited")
     finally:
         edit.remove(model.pipe)
+    if cfg.part is None:
+        evaluator.attack(model, edit, this.concept, int(cfg.seed), this.cache, trainer.global_rank, trainer.world_size)
+        trainer.strategy.barrier()
     return Painted(store, batches, base, edited, edit, time.perf_counter() - started, trainer.world_size)
 
 
@@ -472,6 +475,8 @@ def _evaluated(this: Run, model: Any, painted: Painted, record: RunRecord) -> No
             name, erased = this.concept.name, [member.group for member in this.concept.members]
             heat_map({name: damage["by_label"]}, {name: erased}, _damage(this))
         parts = {file.stem: Edit.load(file) for file in sorted((this.folder / "edits").glob("*.safetensors"))}
+        seed, attacks = int(cfg.seed), this.folder / "attacks"
+        record.metrics |= evaluator.attacked(model, painted.edit, this.concept, seed, this.cache, attacks)
         record.metrics |= evaluator.restored(model, painted.edit, parts, this.concept, int(cfg.seed))
     record.cost["evaluate_seconds"] = round(painted.seconds + time.perf_counter() - started, 3)
     for key, value in (

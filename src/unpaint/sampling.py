@@ -94,8 +94,14 @@ class _DDIM:
         condition: Tensor,
         generators: Sequence[torch.Generator],
         weights: Mapping[str, Tensor] | None,
+        eta: float | None = None,
+        louder: float = 1.0,
     ) -> Tensor:
-        """Latents (B, C, h, w) at step i -> at step i + 1. The scheduler takes the UNet's own output, epsilon or v."""
+        """Latents (B, C, h, w) at step i -> at step i + 1. The scheduler takes the UNet's own output, epsilon or v.
+
+        `eta` stands in for the sampler's and may be above 1, as far as the noise level lets it; the fresh noise is
+        multiplied by `louder`.
+        """
         guidance = self.sampler.guidance
         if guidance == 1:
             output = self.model.output(latents, self.timesteps[i], condition, weights)
@@ -103,13 +109,22 @@ class _DDIM:
             both = self.model.output(torch.cat([latents, latents]), self.timesteps[i], condition, weights)
             without, with_text = both.chunk(2)
             output = without + guidance * (with_text - without)
+        eta = self.sampler.eta if eta is None else min(eta, self.most_eta(i))
         fresh = None
-        if self.sampler.eta > 0:
-            fresh = _draw(generators, latents.shape[1:], latents.device, output.dtype)
-        result = self.scheduler.step(
-            output, self.numbers[i], latents, eta=self.sampler.eta, variance_noise=fresh, return_dict=False
-        )
+        if eta > 0:
+            fresh = louder * _draw(generators, latents.shape[1:], latents.device, output.dtype)
+        result = self.scheduler.step(output, self.numbers[i], latents, eta=eta, variance_noise=fresh, return_dict=False)
         return result[0]
+
+    def most_eta(self, i: int) -> float:
+        """The eta at which step i adds all the noise that the next level has; beyond it DDIM has no real solution."""
+        t = self.numbers[i]
+        before = t - self.scheduler.config.num_train_timesteps // self.sampler.steps
+        abar = self.scheduler.alphas_cumprod
+        level = 1 - (abar[before] if before >= 0 else self.scheduler.final_alpha_cumprod)
+        variance = self.scheduler._get_variance(t, before)
+        # A hair less: the square root of what is left must not be that of a rounding error below 0.
+        return 0.999 * float((level / variance).sqrt()) if variance > 0 else 1.0
 
 
 def paint(
@@ -215,11 +230,13 @@ def denoise_on(
     unconditional: Tensor,
     sampler: Sampler,
     weights: Mapping[str, Tensor] | None = None,
+    after: Callable[[int, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """The rest of the way: latents (B, C, h, w) after k steps -> finished latents; differentiable in latents, weights.
 
     text (B, L, D), unconditional (1, L, D); continues what `denoise_to` with this k began. Raises ValueError on an eta
     other than 0: noise drawn on the way would have to be the same on every call. `weights` as in `predict`.
+    `after(i, latents)` is called when i steps are done, and returns the latents that the next step starts from.
     """
     if sampler.eta > 0:
         raise ValueError(f"denoise_on takes eta 0, not {sampler.eta}")
@@ -227,6 +244,45 @@ def denoise_on(
     condition = run.condition(text, unconditional)
     for i in range(k, sampler.steps):
         latents = run.step(i, latents, condition, (), weights)
+        if after:
+            latents = after(i + 1, latents)
+    return latents
+
+
+@torch.no_grad()
+def denoise_noisily(
+    model: TextToImage,
+    text: Tensor,
+    unconditional: Tensor,
+    seeds: Sequence[int],
+    sampler: Sampler,
+    eta: float,
+    louder: float = 1.0,
+) -> Tensor:
+    """All the way with fresh noise at each step, `louder` times as much as DDIM's eta says: finished latents
+    (B, C, h, w) from the noise of `seeds`. eta may be above 1; a step takes as much of it as there is noise at all.
+
+    text (B, L, D), unconditional (1, L, D). With eta 1 and louder 1 it is the sampler of Ho et al. 2020.
+    """
+    run = _DDIM(model, sampler)
+    generators = _generators(seeds)
+    latents = _draw(generators, model.latent_shape, model.device, model.dtype)
+    condition = run.condition(text, unconditional)
+    for i in range(sampler.steps):
+        latents = run.step(i, latents, condition, generators, None, eta, louder)
+    return latents
+
+
+@torch.no_grad()
+def invert(model: TextToImage, latents: Tensor, text: Tensor, steps: int) -> Tensor:
+    """DDIM backwards (Song et al. 2021, section 4.3), without guidance: finished latents (B, C, h, w) -> the noise
+    (B, C, h, w) from which `denoise_on` with guidance 1 and this text (B, L, D) comes back to them, nearly."""
+    from diffusers import DDIMInverseScheduler
+
+    scheduler = DDIMInverseScheduler.from_config(model.scheduler_config)
+    scheduler.set_timesteps(steps)
+    for t in scheduler.timesteps.tolist():
+        latents = scheduler.step(model.output(latents, max(t, 0), text), t, latents, return_dict=False)[0]
     return latents
 
 

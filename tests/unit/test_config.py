@@ -273,5 +273,5 @@ def test_nearest_is_silent_when_nothing_is_near() -> None:
 def test_the_tuning_sweep_keeps_to_its_own_concepts_and_seed() -> None:
     cfg = compose(["+sweep=tune", "method=uce"])
     assert cfg.seed == 1000 and cfg.probes == 0 and cfg.logger.name == "none" and cfg.method.name == "uce"
-    assert cfg.concept.evaluation.target_pictures == 32
+    assert cfg.concept.evaluation.target_pictures == 24
     assert "concept: tree,flower,sketch,woodcut" in (conf_dir() / "sweep" / "tune.yaml").read_text()

@@ -122,12 +122,8 @@ def _lessons(model: TextToImage, prompts: Sequence[str], seed: int, sampler: Sam
 
     asked = [prompts[i % len(prompts)] for i in range(options.pictures)]
     seeds = [seed_of("attack", seed, 0, i) for i in range(options.pictures)]
-    vae = model.pipe.vae
-    found = []
-    for pictures in paint(model, asked, seeds, sampler, options.batch_size):
-        encoded = vae.encode(pictures.to(model.device, vae.dtype) / 127.5 - 1).latent_dist.mode()
-        found.append((encoded - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor)
-    return torch.cat(found)
+    painted = paint(model, asked, seeds, sampler, options.batch_size)
+    return torch.cat([model.latents_of(pictures) for pictures in painted])
 
 
 def _loss(model: TextToImage, latents: Tensor, prompts: Sequence[str], seed: int, step: int, batch_size: int) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unpaint.concepts import IN_SET, NEUTRAL, OUT_OF_SET, STATIC, TARGET, AnyConcept
+from unpaint.concepts import IN_SET, NEUTRAL, OUT_OF_SET, STATIC, TARGET, AnyConcept, Concept
 from unpaint.errors import UserError, nearest
 from unpaint.evaluation.detectors import Detector
 from unpaint.evaluation.grid import grid
@@ -27,6 +27,7 @@ from unpaint.progress import bar
 
 if TYPE_CHECKING:
     from unpaint.edit import Edit
+    from unpaint.evaluation.attacks import Attack
     from unpaint.evaluation.restoration import Relearning
     from unpaint.model import TextToImage
     from unpaint.sampling import Sampler
@@ -52,8 +53,9 @@ class Evaluator:
     metrics: any name -> Metric; the order is the record's. prompts_csv: a file of prompts that ask for the concept,
     see `prompt_lists`; prompts_part: the part that they belong to, `static` or `out_of_set`. times: how many times as
     many pictures as the concept says, as far as it has different prompts. relearning: how to try whether what was
-    erased can be brought back, None to leave that out; see `restoration`.
-    Raises UserError on two metrics of one name.
+    erased can be brought back, None to leave that out; see `restoration`. attacks: any name -> Attack; control: a
+    concept that the model never learned, attacked in the same way, None to leave that out; see `attacks`.
+    Raises UserError on two metrics or attacks of one name.
     """
 
     def __init__(
@@ -66,6 +68,8 @@ class Evaluator:
         prompts_part: str = STATIC,
         times: int = 1,
         relearning: Relearning | None = None,
+        attacks: Mapping[str, Attack] | None = None,
+        control: Concept | None = None,
     ) -> None:
         self.metrics = list(metrics.values())
         self.detector = detector
@@ -75,11 +79,16 @@ class Evaluator:
         self.prompts_part = prompts_part
         self.times = times
         self.relearning = relearning
+        self.attacks = list((attacks or {}).values())
+        self.control = control
         names = [metric.name for metric in self.metrics]
         if not names:
             raise UserError("the evaluator has no metrics; give it one, e.g. +metric@evaluator.metrics.ua=ua")
         if len(set(names)) < len(names):
             raise UserError(f"two metrics of the evaluator are called '{max(names, key=names.count)}'")
+        attacked_by = [attack.name for attack in self.attacks]
+        if len(set(attacked_by)) < len(attacked_by):
+            raise UserError(f"two attacks of the evaluator are called '{max(attacked_by, key=attacked_by.count)}'")
         for key, number in (("batch_size", batch_size), ("times", times)):
             if number < 1:
                 raise UserError(f"evaluator.{key} is at least 1, not {number}")
@@ -87,7 +96,14 @@ class Evaluator:
             raise UserError(f"evaluator.prompts_part is {STATIC} or {OUT_OF_SET}, not '{prompts_part}'")
 
     def check_model(self, name: str) -> None:
-        """Raises UserError if the detector does not know this model's pictures."""
+        """Raises UserError if the detector or the control of attacks does not know this model's pictures."""
+        if self.control is not None:
+            if name != "picturebook":
+                raise UserError(
+                    f"the control of attacks ({self.control.name}) is drawn as Picturebook draws, not for model "
+                    f"'{name}'; leave it out: ~concept@evaluator.control"
+                )
+            self._check_known(self.control.name, self.control.labels)
         only = self.detector.only_for
         if only not in (None, name):
             raise UserError(
@@ -110,17 +126,20 @@ class Evaluator:
         cases = [case for case in cases if case.part in wanted]
         if not cases:
             raise UserError(f"concept '{concept.name}' has no prompts for the metrics of this evaluator: zero pictures")
-        known = list(self.detector.labels)
         for metric in self.metrics:
-            for label in (label for _, labels in asked(cases, metric) for label in labels if metric.reader is None):
-                if label not in known:
-                    raise UserError(
-                        f"concept '{concept.name}': detector {self.detector.identity} lacks '{label}'"
-                        f"{nearest(label, known)}"
-                    )
+            if metric.reader is None:
+                self._check_known(concept.name, [label for _, labels in asked(cases, metric) for label in labels])
         batches = batches_of(cases, self.batch_size, self.sampler)
         targets = [batch for batch in batches if NEUTRAL in parts and batch.cases[0].part == IN_SET]
         return batches + [neutral(batch, self.batch_size) for batch in targets]
+
+    def _check_known(self, concept: str, labels: Iterable[str]) -> None:
+        known = list(self.detector.labels)
+        for label in labels:
+            if label not in known:
+                raise UserError(
+                    f"concept '{concept}': detector {self.detector.identity} lacks '{label}'{nearest(label, known)}"
+                )
 
     def references(self, batches: Sequence[Batch]) -> list[Batch]:
         """What the unedited model paints beside the plan, for metrics that compare with it; each batch once."""
@@ -273,6 +292,41 @@ class Evaluator:
             advance = bar("edits put on and taken off", count * len(parts) * (2 * len(parts) + 2))
             found["restoration/subsets"] = subsets(model, parts, members, self, seed, count, progress=advance)
         return found
+
+    def attack(
+        self,
+        model: TextToImage,
+        edit: Edit,
+        concept: AnyConcept,
+        seed: int,
+        cache: Path,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        """This rank's share of all attacks; what came out is kept in the cache, for `attacked`. `model` is unedited
+        when it comes in and goes out."""
+        from unpaint.evaluation.attacks.engine import Campaign
+
+        if not self.attacks:
+            return
+        campaign = Campaign(self, model, edit, concept, seed, cache)
+        for attack in self.attacks:
+            advance = bar(f"attack: {attack.name}", campaign.work(attack, rank, world), show=rank == 0)
+            campaign.run(attack, rank, world, advance)
+
+    def attacked(
+        self, model: TextToImage, edit: Edit, concept: AnyConcept, seed: int, cache: Path, folder: Path
+    ) -> dict[str, dict[str, Any]]:
+        """What all ranks' attacks came to, by the metric's name; the prompts found are written to `folder`."""
+        from unpaint.evaluation.attacks.engine import Campaign, found_prompts
+
+        if not self.attacks:
+            return {}
+        campaign = Campaign(self, model, edit, concept, seed, cache)
+        found_prompts(
+            {attack.name: campaign.outcomes(attack, concept) for attack in self.attacks}, self.sampler.guidance, folder
+        )
+        return {name: score for attack in self.attacks for name, score in campaign.scores(attack).items()}
 
     def unlearning_accuracy(self, model: TextToImage, concept: AnyConcept, seed: int, pictures: int = 64) -> float:
         """A quick look at the model as it is now: UA over the first target prompts, with seeds that no report uses."""

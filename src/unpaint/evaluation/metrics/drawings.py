@@ -70,6 +70,11 @@ class Drawings:
         return np.concatenate(found).astype(np.float64)
 
 
+def drawing(case: Case) -> NDArray[np.uint8]:
+    """A drawing (H, W, 3) of what the case's labels name. Raises UserError on labels that are not Picturebook's."""
+    return draw(_scene(np.array(_code(case), dtype=np.float64)))
+
+
 def _code(case: Case) -> tuple[int, ...]:
     """First and second object, style, setting, whether on a table, seed; -1 for what the prompt leaves open."""
     named: dict[str, list[int]] = {"object": [], "style": [], "setting": []}
