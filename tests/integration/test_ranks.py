@@ -61,7 +61,14 @@ def edits(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("methods")
     two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     for world, launcher in (("1", []), ("2", two)):
-        command = [sys.executable, *launcher, METHODS_WORKER, folder / world, tiny_pipeline_folder, world]
+        command = [
+            sys.executable,
+            *launcher,
+            str(METHODS_WORKER),
+            str(folder / world),
+            str(tiny_pipeline_folder),
+            world,
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     return folder

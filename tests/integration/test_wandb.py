@@ -162,7 +162,7 @@ def test_of_two_ranks_one_speaks(small: list[str], tmp_path: Path) -> None:
 def test_a_run_that_fails_is_not_shown_as_finished(small: list[str], tmp_path: Path) -> None:
     done = unpaint("run", *small, "method.lr=1e30", f"outputs={tmp_path}")
     assert done.returncode == 2, done.stderr
-    assert "paints NaN" in done.stderr
+    assert "NaN" in done.stderr
     (run,) = told(tmp_path)
     assert run.exits == [1] and not run.preempting
     assert only_record(tmp_path).status == "failed"
@@ -170,7 +170,7 @@ def test_a_run_that_fails_is_not_shown_as_finished(small: list[str], tmp_path: P
 
 @pytest.mark.slow
 def test_told_to_stop_and_started_again_it_is_one_run(small: list[str], tmp_path: Path) -> None:
-    options = [*small, "method.steps=400", "checkpoint_seconds=0", f"outputs={tmp_path}"]
+    options = [*small, "method.steps=200", "checkpoint_seconds=0", f"outputs={tmp_path}"]
     process = subprocess.Popen([sys.executable, "-m", "unpaint", "run", *options], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300
     while not list(tmp_path.glob("*/*/*/*/checkpoints/last.ckpt")):
@@ -186,7 +186,7 @@ def test_told_to_stop_and_started_again_it_is_one_run(small: list[str], tmp_path
     first, second = told(tmp_path)
     assert first.run.run_id == second.run.run_id == only_record(tmp_path).run_id
     assert first.exits == [1] and first.preempting and second.exits == [0]
-    assert first.steps + second.steps == list(range(400))
+    assert first.steps + second.steps == list(range(200))
 
 
 class Broken(CSVLogger):

@@ -23,7 +23,7 @@ class Leaving(Callback):
         # Here, as Lightning puts its own in their place when the trainer starts, and gives them back at its end.
         before: dict[int, Any] = {number: signal.getsignal(number) for number in numbers}
         self.before = {n: handler for n, handler in before.items() if n == signal.SIGTERM or callable(handler)}
-        self.told = 0
+        self.told = self.saved = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._listen(trainer)
@@ -44,10 +44,18 @@ class Leaving(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         # Saving takes all ranks, so they go together, when rank 0 does.
-        if told := int(trainer.strategy.broadcast(self.told)):
-            if self.save is not None:
-                self.save(trainer)
-            self._go(told)
+        self.saved = int(trainer.strategy.broadcast(self.told))
+        if self.saved and self.save is not None:
+            self.save(trainer)
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        # Only now is what the last step said in the curves.
+        if self.saved:
+            self._go(self.saved)
+
+    def on_train_end(self, *_: Any) -> None:
+        if self.saved:
+            self._go(self.saved)
 
     def on_predict_batch_end(self, *_: Any) -> None:
         # What is painted is on disk, and ranks need not have the same number of batches.
@@ -55,7 +63,7 @@ class Leaving(Callback):
             self._go(self.told)
 
     def _go(self, number: int) -> None:
-        self.told = 0
+        self.told = self.saved = 0
         if callable(handler := self.before.get(number)):
             handler(number, None)  # submitit's for SIGTERM, say, returns: the job goes on until it is killed
         else:
