@@ -100,6 +100,11 @@ def _default(*overrides: str) -> dict[str, Any]:
     return flat({key: config[key] for key in ("model", "concept", "method", "evaluator")})
 
 
+def _shipped(name: str, chosen: str) -> dict[str, Any]:
+    """The config with a metric of that name added, if one ships."""
+    return _default(chosen) if (conf_dir() / "metric" / f"{name}.yaml").is_file() else {}
+
+
 def _part(config: dict[str, Any], name: str) -> list[tuple[str, Any]]:
     return [(key.partition(".")[2], value) for key, value in config.items() if key.startswith(f"{name}.")]
 
@@ -107,6 +112,13 @@ def _part(config: dict[str, Any], name: str) -> list[tuple[str, Any]]:
 def _changed(run: Run, default: dict[str, Any]) -> Iterator[str]:
     config = run.record.config
     own = flat({key: config[key] for key in ("model", "concept", "method", "evaluator") if key in config})
+    for name in (config.get("evaluator") or {}).get("metrics", {}):
+        below = f"evaluator.metrics.{name}."
+        chosen = f"+metric@evaluator.metrics.{name}={name}"
+        here = {key: value for key, value in own.items() if key.startswith(below)}
+        if not any(key.startswith(below) for key in default) and here.items() <= _shipped(name, chosen).items():
+            own = {key: value for key, value in own.items() if key not in here}
+            yield chosen
     for key, value in own.items():
         if key not in default or default[key] != value:
             text = (
