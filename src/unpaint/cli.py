@@ -221,7 +221,8 @@ def _jobs(command: str, rest: list[str]) -> int:
         return _code(exit)
     except ValueError as error:  # flags that do not go together
         raise UserError(str(error)) from error
-    return results[0] if sweep is None else _ended(sweep, checked.optimises)
+    # A config that is only shown runs no job.
+    return max(results, default=0) if sweep is None else _ended(sweep, checked.optimises)
 
 
 def _ended(sweep: "Sweep", optimises: bool) -> int:
