@@ -26,6 +26,8 @@ def make(begun: Callable[..., tuple[TRUST, list[Tensor]]], tiny_clip_folder: Pat
         method, _ = begun(
             "method=trust",
             f"method.aligner.path={tiny_clip_folder}",
+            "method.zscore_within=projection",
+            "method.xi=2.0",
             "method.latents=bank",
             "method.sampling_steps=50",
             "method.bank_size=4",
