@@ -215,5 +215,13 @@ def test_the_subset_matrix_is_what_each_subset_paints(model: TextToImage) -> Non
     assert found["value"] == pytest.approx(sum(restored) / 3)
     assert found["base"] == pytest.approx(sum(row[0] for row in table[()].values()) / 3)
     assert len({share[0] for row in table.values() for share in row.values()}) > 2
+    some = [names for names in table if names]
+    gone = [1 - table[names][name][0] for names in some for name in names]
+    kept = [(table[names][name][0], table[()][name][0]) for names in some for name in edits if name not in names]
+    assert found["gone"]["value"] == pytest.approx(sum(gone) / len(gone))
+    assert found["gone"]["n"] == 6 * len(gone)
+    assert found["kept"]["value"] == pytest.approx(sum(share for share, _ in kept) / len(kept))
+    assert found["kept"]["base"] == pytest.approx(sum(base for _, base in kept) / len(kept))
+    assert found["kept"]["n"] == 6 * len(kept)
     with pytest.raises(UserError, match="two or more members"):
         subsets(model, {"cat": edits["cat"]}, {"cat": concepts["cat"]}, judge, 0)

@@ -10,14 +10,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from unpaint.concepts import TARGET, AnyConcept, Case
 from unpaint.edit import Edit
 from unpaint.errors import UserError
 from unpaint.evaluation.detectors import shows
-from unpaint.evaluation.stats import wilson
+from unpaint.evaluation.stats import rate_summary, wilson
 
 if TYPE_CHECKING:
     from unpaint.evaluation.suite import Evaluator
@@ -79,7 +81,7 @@ def relearn(
     prompts = concept.prompts(further=True)
     cases = _questions(concept, seed, options.judged)[0]
     seeds = [seed_of("attack", seed, 2, i) for i in range(options.judged)]
-    base = _share(model, cases, seeds, evaluator)[0]
+    base = _share(_shown(model, cases, seeds, evaluator))[0]
     value: int = options.steps
     relearned: bool | None = None
     curve: list[tuple[int, float, float, float]] = []
@@ -87,7 +89,7 @@ def relearn(
         latents = _lessons(model, prompts, seed, evaluator.sampler, options)
         with _applied(model, [edit]), _trainable(model) as parameters:
             optimizer = torch.optim.Adam(parameters, lr=options.lr)
-            curve = [(0, *_share(model, cases, seeds, evaluator))]
+            curve = [(0, *_share(_shown(model, cases, seeds, evaluator)))]
             for step in range(options.steps):
                 if curve[-1][1] >= base / 2:
                     break
@@ -96,7 +98,7 @@ def relearn(
                 optimizer.step()
                 done = step + 1
                 if done % options.every == 0 or done == options.steps:
-                    curve.append((done, *_share(model, cases, seeds, evaluator)))
+                    curve.append((done, *_share(_shown(model, cases, seeds, evaluator))))
                 if progress:
                     progress(1)
         value, relearned = curve[-1][0], curve[-1][1] >= base / 2
@@ -178,7 +180,9 @@ def subsets(
 
     Returns rows (applied: names; shown: member -> [share, low, high], Wilson), value and base (mean over members of the
     share when all edits but the member's are applied, and when none is: what is restored), erased (the mean when all
-    are applied), n (pictures a member and subset), higher_is_better, unit, title, detector.
+    are applied), n (pictures a member and subset), higher_is_better, unit, title, detector. Pooled over members and
+    subsets, as `stats.rate_summary`, beside the unedited model's answers to the same prompts and seeds: `gone` (not
+    shown, of what is erased) and `kept` (shown, of what is not, the unedited model left out).
     Raises UserError if there are less than two members, or edits and concepts have other names.
     """
     names = sorted(edits)
@@ -188,26 +192,34 @@ def subsets(
     # Each once: with two members, one alone is all but the other.
     each, but = [frozenset([name]) for name in names], [whole - {name} for name in names]
     chosen = dict.fromkeys([frozenset[str](), *each, *but, whole])
-    shown: dict[frozenset[str], dict[str, tuple[float, float, float]]] = {}
+    shown: dict[frozenset[str], dict[str, NDArray[np.bool_]]] = {}
     for subset in chosen:
         with _applied(model, [edits[name] for name in sorted(subset)]):
             shown[subset] = {}
             for name in names:
-                shown[subset][name] = _share(model, *_questions(concepts[name], seed, pictures), evaluator)
+                shown[subset][name] = _shown(model, *_questions(concepts[name], seed, pictures), evaluator)
                 if progress:
                     progress(pictures)
 
     def mean(of: Callable[[str], frozenset[str]]) -> float:
-        return sum(shown[of(name)][name][0] for name in names) / len(names)
+        return float(np.mean([shown[of(name)][name].mean() for name in names]))
+
+    def pooled(answers: Callable[[NDArray[np.bool_]], NDArray[np.bool_]], applied: bool) -> dict[str, float | int]:
+        of = [(subset, name) for subset in chosen if subset for name in names if (name in subset) == applied]
+        ours = np.concatenate([answers(shown[subset][name]) for subset, name in of])
+        base = np.concatenate([answers(shown[frozenset[str]()][name]) for _, name in of])
+        return rate_summary(ours.astype(np.float64), base.astype(np.float64))
 
     return {
         "value": mean(lambda name: whole - {name}),
         "base": mean(lambda name: frozenset()),
         "erased": mean(lambda name: whole),
         "rows": [
-            {"applied": sorted(subset), "shown": {name: list(share) for name, share in row.items()}}
+            {"applied": sorted(subset), "shown": {name: list(_share(answers)) for name, answers in row.items()}}
             for subset, row in shown.items()
         ],
+        "gone": pooled(np.logical_not, True),
+        "kept": pooled(np.asarray, False),
         "n": pictures,
         "higher_is_better": True,
         "unit": "rate",
@@ -237,17 +249,19 @@ def _questions(concept: AnyConcept, seed: int, pictures: int) -> tuple[list[Case
     return cases, [case.seed if i < len(asked) else seed_of("score", seed, i) for i, case in enumerate(cases)]
 
 
-def _share(
-    model: TextToImage, cases: Sequence[Case], seeds: Sequence[int], evaluator: Evaluator
-) -> tuple[float, float, float]:
-    """Share of pictures that show all target labels of their cases, with Wilson's interval, of the model as it is."""
+def _shown(model: TextToImage, cases: Sequence[Case], seeds: Sequence[int], evaluator: Evaluator) -> NDArray[np.bool_]:
+    """Whether each picture (n,) of the model as it is shows all target labels of its case."""
     from unpaint.sampling import paint
 
-    detector, count, row = evaluator.detector, 0, 0
+    detector, answers = evaluator.detector, list[bool]()
     for some in paint(model, [case.prompt for case in cases], seeds, evaluator.sampler, evaluator.batch_size):
         probabilities = detector(some.to(model.device).float() / 255).cpu().numpy()
-        for i, case in enumerate(cases[row : row + len(some)]):
+        for i, case in enumerate(cases[len(answers) : len(answers) + len(some)]):
             targets = [label for label, role in case.wants.items() if role == TARGET]
-            count += all(bool(shows(detector, probabilities[i : i + 1], label)[0]) for label in targets)
-        row += len(some)
-    return (count / len(cases), *wilson(count, len(cases)))
+            answers.append(all(bool(shows(detector, probabilities[i : i + 1], label)[0]) for label in targets))
+    return np.array(answers)
+
+
+def _share(answers: NDArray[np.bool_]) -> tuple[float, float, float]:
+    """The share of what is shown, with Wilson's interval."""
+    return float(answers.mean()), *wilson(int(answers.sum()), len(answers))
