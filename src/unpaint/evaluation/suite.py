@@ -111,6 +111,24 @@ class Evaluator:
                 "give another: detector@evaluator.detector=NAME"
             )
 
+    def check_attacks(self, source: str, concept: AnyConcept, seed: int) -> None:
+        """Raises UserError if the options of an attack do not fit the model or a prompt. source: folder or hub id of
+        the model, of which only the tokenizer is loaded; nothing is checked of a model that is not on this machine."""
+        if not self.attacks:
+            return
+        from transformers import CLIPTextConfig, CLIPTokenizer
+
+        from unpaint.evaluation.attacks.engine import check
+        from unpaint.evaluation.attacks.words import length_of
+
+        try:
+            tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", local_files_only=True)
+            config = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", local_files_only=True)
+        except (OSError, ValueError):
+            return  # loading the model says what is wrong
+        for attack in self.attacks:
+            check(attack, self, concept, seed, tokenizer, length_of(tokenizer, config))
+
     def plan(self, concept: AnyConcept, seed: int) -> list[Batch]:
         """The batches to paint, a pure function of concept, seed, sampler and file of prompts.
 
@@ -326,7 +344,8 @@ class Evaluator:
         found_prompts(
             {attack.name: campaign.outcomes(attack, concept) for attack in self.attacks}, self.sampler.guidance, folder
         )
-        return {name: score for attack in self.attacks for name, score in campaign.scores(attack).items()}
+        scores = {name: score for attack in self.attacks for name, score in campaign.scores(attack).items()}
+        return scores | campaign.union_scores(self.attacks)
 
     def unlearning_accuracy(self, model: TextToImage, concept: AnyConcept, seed: int, pictures: int = 64) -> float:
         """A quick look at the model as it is now: UA over the first target prompts, with seeds that no report uses."""

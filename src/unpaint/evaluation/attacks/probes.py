@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unpaint.errors import UserError, nearest
-from unpaint.evaluation.attacks import Scene, Try
+from unpaint.evaluation.attacks import Scene, Terms, Try
 from unpaint.sampling import denoise_noisily, denoise_on, denoise_to, invert, noise
 
 PROMPTS = ("same", "empty")
@@ -48,12 +48,13 @@ class Completion:
     def tries(self) -> int:
         return len(self.after)
 
+    def check(self, terms: Terms) -> None:
+        for k in self.after:
+            if not 0 <= k < terms.steps:
+                raise UserError(f"attack {self.name}: after is below the sampler's {terms.steps} steps, not {k}")
+
     def attempts(self, scene: Scene) -> Iterator[Try | None]:
         for k in self.after:
-            if not 0 <= k < scene.sampler.steps:
-                raise UserError(
-                    f"attack {self.name}: after is below the sampler's {scene.sampler.steps} steps, not {k}"
-                )
             rows = list(scene.open)
             yield Try(rows, _completed(scene, rows, k))
 
