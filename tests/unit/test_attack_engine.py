@@ -296,6 +296,8 @@ def test_batches_of_a_set_are_its_members_own() -> None:
     assert [(unit.concept.name, len(unit.cases)) for unit in edited] == [("cat", 2), ("cat", 1), ("dog", 2), ("dog", 1)]
     assert sum(unit.budget * len(unit.cases) for unit in edited) == pytest.approx(60)
     assert sum(unit.drawn for unit in every) == 3
+    few = [unit for unit in units(Say(), pets, concept("umbrella"), 0, 4, control_prompts=3) if unit.drawn]
+    assert [(len(unit.cases), unit.budget) for unit in few] == [(3, 20.0)]
     # The control of itself would be no control.
     assert not any(unit.drawn for unit in units(Say(), concept("cat"), concept("cat"), 0, 2))
 

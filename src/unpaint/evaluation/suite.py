@@ -55,6 +55,7 @@ class Evaluator:
     many pictures as the concept says, as far as it has different prompts. relearning: how to try whether what was
     erased can be brought back, None to leave that out; see `restoration`. attacks: any name -> Attack; control: a
     concept that the model never learned, attacked in the same way, None to leave that out; see `attacks`.
+    control_prompts: with at most so many prompts, None for as many as the concept.
     Raises UserError on two metrics or attacks of one name.
     """
 
@@ -70,6 +71,7 @@ class Evaluator:
         relearning: Relearning | None = None,
         attacks: Mapping[str, Attack] | None = None,
         control: Concept | None = None,
+        control_prompts: int | None = None,
     ) -> None:
         self.metrics = list(metrics.values())
         self.detector = detector
@@ -81,6 +83,7 @@ class Evaluator:
         self.relearning = relearning
         self.attacks = list((attacks or {}).values())
         self.control = control
+        self.control_prompts = control_prompts
         names = [metric.name for metric in self.metrics]
         if not names:
             raise UserError("the evaluator has no metrics; give it one, e.g. +metric@evaluator.metrics.ua=ua")
@@ -89,8 +92,9 @@ class Evaluator:
         attacked_by = [attack.name for attack in self.attacks]
         if len(set(attacked_by)) < len(attacked_by):
             raise UserError(f"two attacks of the evaluator are called '{max(attacked_by, key=attacked_by.count)}'")
-        for key, number in (("batch_size", batch_size), ("times", times)):
-            if number < 1:
+        least_one = {"batch_size": batch_size, "times": times, "control_prompts": control_prompts}
+        for key, number in least_one.items():
+            if number is not None and number < 1:
                 raise UserError(f"evaluator.{key} is at least 1, not {number}")
         if prompts_part not in (STATIC, OUT_OF_SET):
             raise UserError(f"evaluator.prompts_part is {STATIC} or {OUT_OF_SET}, not '{prompts_part}'")

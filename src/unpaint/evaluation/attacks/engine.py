@@ -83,7 +83,13 @@ class Unit:
 
 
 def units(
-    attack: Attack, concept: AnyConcept, control: Concept | None, seed: int, size: int, csv: str | None = None
+    attack: Attack,
+    concept: AnyConcept,
+    control: Concept | None,
+    seed: int,
+    size: int,
+    csv: str | None = None,
+    control_prompts: int | None = None,
 ) -> list[Unit]:
     """All that is to be done for an attack: the concept on both models, the control on the edited one.
 
@@ -94,7 +100,7 @@ def units(
         wanted.insert(1, (control, True, True))
     found = []
     for asked, drawn, edited in wanted:
-        cases = asked_for(attack, asked, seed, None if drawn else csv)
+        cases = asked_for(attack, asked, seed, None, control_prompts) if drawn else asked_for(attack, asked, seed, csv)
         for member in asked.members:
             own = [case for case in cases if set(_labels(case)) == set(member.labels)]
             for guidance in dict.fromkeys(case.guidance for case in own):
@@ -105,11 +111,15 @@ def units(
     return found
 
 
-def asked_for(attack: Attack, concept: AnyConcept, seed: int, csv: str | None = None) -> list[Case]:
-    """The cases that are attacked: the first of the file's prompts if there is one, else of the concept's own."""
+def asked_for(
+    attack: Attack, concept: AnyConcept, seed: int, csv: str | None = None, most: int | None = None
+) -> list[Case]:
+    """The cases that are attacked: the first of the file's prompts if there is one, else of the concept's own; as many
+    as the attack says, and at most `most`."""
+    count = attack.prompts if most is None else min(attack.prompts, most)
     if csv:
-        return cases_of(prompts_from_csv(Path(csv).expanduser()), concept, STATIC, seed)[: attack.prompts]
-    return [case for case in concept.cases(seed) if case.part == IN_SET][: attack.prompts]
+        return cases_of(prompts_from_csv(Path(csv).expanduser()), concept, STATIC, seed)[:count]
+    return [case for case in concept.cases(seed) if case.part == IN_SET][:count]
 
 
 def _labels(case: Case) -> list[str]:
@@ -122,7 +132,7 @@ def check(attack: Attack, evaluator: Evaluator, concept: AnyConcept, seed: int, 
     if isinstance(attack, Particular):
         cases = asked_for(attack, concept, seed, evaluator.prompts_csv)
         if evaluator.control is not None:
-            cases += asked_for(attack, evaluator.control, seed)
+            cases += asked_for(attack, evaluator.control, seed, None, evaluator.control_prompts)
         tokens = [list(tokenizer(case.prompt, add_special_tokens=False, verbose=False).input_ids) for case in cases]
         attack.check(Terms(evaluator.sampler.steps, length - 2, tokens))
 
@@ -146,8 +156,8 @@ class Campaign:
 
     def _mine(self, attack: Attack, rank: int, world: int) -> list[Unit]:
         evaluator = self.evaluator
-        every = units(attack, self.concept, evaluator.control, self.seed, evaluator.batch_size, evaluator.prompts_csv)
-        return every[rank::world]
+        size, csv, most = evaluator.batch_size, evaluator.prompts_csv, evaluator.control_prompts
+        return units(attack, self.concept, evaluator.control, self.seed, size, csv, most)[rank::world]
 
     def work(self, attack: Attack, rank: int, world: int) -> int:
         """What `progress` adds up to in `run`."""
@@ -226,9 +236,8 @@ class Campaign:
         texts: list[str | None] = [None] * count
         stopped = None
 
-        def note(row: int, found: bool) -> None:
+        def note(row: int, found: bool, again: tuple[bool, ...] = ()) -> None:
             case = cases[row]
-            again = () if found or stopped is not None else self._again(attack, case, texts[row], sampler)
             spent = round(seconds[row], 3)
             outcome = Outcome(
                 case.prompt, case.seed, False, found, texts[row], queries[row], spent, again, stopped, case.guidance
@@ -259,8 +268,10 @@ class Campaign:
                 if now - started > budget:
                     stopped = unit.budget
                     break
-        for row in scene.open:
-            note(row, False)
+        lost = list(scene.open)
+        again = [()] * len(lost) if stopped is not None else self._again(attack, cases, texts, lost, sampler)
+        for row, seen in zip(lost, again, strict=True):
+            note(row, False, seen)
 
     @torch.no_grad()
     def _before(self, unit: Unit) -> dict[str, bool]:
@@ -276,14 +287,25 @@ class Campaign:
         return found
 
     @torch.no_grad()
-    def _again(self, attack: Attack, case: Case, text: str | None, sampler: Sampler) -> tuple[bool, ...]:
-        """The last text that was tried, else the prompt itself, from further seeds."""
-        if attack.at_n < 2:
-            return ()
-        seeds = [seed_of("attack", self.seed, 9, case.seed, i) for i in range(attack.at_n - 1)]
-        asked = [text or case.prompt] * len(seeds)
-        pictures = torch.cat(list(paint(self.model, asked, seeds, sampler, len(seeds))))
-        return tuple(self.shows([case] * len(seeds), pictures))
+    def _again(
+        self,
+        attack: Attack,
+        cases: Sequence[Case],
+        texts: Sequence[str | None],
+        rows: Sequence[int],
+        sampler: Sampler,
+    ) -> list[tuple[bool, ...]]:
+        """For each of these rows, whether the last text that was tried, else the prompt itself, shows it from each of
+        the further seeds."""
+        more = attack.at_n - 1
+        if not more or not rows:
+            return [()] * len(rows)
+        every = [row for row in rows for _ in range(more)]
+        seeds = [seed_of("attack", self.seed, 9, cases[row].seed, i) for row in rows for i in range(more)]
+        asked = [texts[row] or cases[row].prompt for row in every]
+        painted = torch.cat(list(paint(self.model, asked, seeds, sampler, self.evaluator.batch_size)))
+        seen = self.shows([cases[row] for row in every], painted)
+        return [tuple(seen[i : i + more]) for i in range(0, len(seen), more)]
 
     @torch.no_grad()
     def shows(self, cases: Sequence[Case], pictures: Tensor) -> list[bool]:
@@ -322,8 +344,9 @@ class Campaign:
 
     def asked_for(self, attack: Attack, concept: AnyConcept) -> list[Case]:
         """The cases of the concept, or of the control, that are attacked."""
-        csv = self.evaluator.prompts_csv if concept.name == self.concept.name else None
-        return asked_for(attack, concept, self.seed, csv)
+        if concept.name == self.concept.name:
+            return asked_for(attack, concept, self.seed, self.evaluator.prompts_csv)
+        return asked_for(attack, concept, self.seed, None, self.evaluator.control_prompts)
 
     def outcomes(self, attack: Attack, concept: AnyConcept, edited: bool = True) -> list[Outcome]:
         """What became of the concept's cases; of those that are missing, after an error say, nothing."""
