@@ -508,12 +508,22 @@ def test_ddim_backwards_is_the_way_back(tiny_pipe: Any) -> None:
 
 def test_latent_inversion_starts_from_the_picture(tiny_pipe: Any, scene: Scene) -> None:
     scene.model = flat(tiny_pipe)
-    tries = list(LatentInversion("latent_inversion", "", ("same", "empty"), 20, 3, 9.0).attempts(scene))
+    tries = list(LatentInversion("latent_inversion", "", 0.0, ("same", "empty"), 20, 3, 9.0).attempts(scene))
     encoded = scene.finished(scene.model.latents_of(scene.pictures[:2]))
     assert len(tries) == 2
     assert all(attempt and (attempt.pictures.int() - encoded.int()).abs().max() <= 1 for attempt in tries)
     with pytest.raises(UserError, match="paint_with is same or empty, not 'sam'; did you mean same"):
-        LatentInversion("latent_inversion", "", ("sam",), 10, 3, 9.0)
+        LatentInversion("latent_inversion", "", 0.0, ("sam",), 10, 3, 9.0)
+    with pytest.raises(UserError, match="fresh is between 0 and 1, not 2"):
+        LatentInversion("latent_inversion", "", 2, ("same",), 10, 3, 9.0)
+
+
+def test_with_fresh_noise_alone_latent_inversion_is_the_plain_painting(scene: Scene) -> None:
+    plain = list(LatentInversion("latent_inversion", "", 1.0, ("same",), 3, 3, 9.0).attempts(scene))
+    assert plain[0] and (plain[0].pictures.int() - scene.pictures[:2].int()).abs().max() <= 1
+    half = LatentInversion("latent_inversion", "", 0.5, ("same",), 3, 3, 9.0)
+    ends = [LatentInversion("", "", fresh, ("same",), 3, 3, 9.0)._inverted(scene, [0, 1]) for fresh in (0.0, 1.0)]
+    assert torch.allclose(half._inverted(scene, [0, 1]), 0.5**0.5 * (ends[0] + ends[1]), atol=1e-5)
 
 
 def test_more_noise(model: TextToImage) -> None:
