@@ -27,7 +27,7 @@ def rate(value: float, n: int = 16, **more: Any) -> dict[str, Any]:
 
 
 def save(folder: Path, run_id: str, method: str, control: float | None = 0.25, concept: str = "cat") -> None:
-    effort = {"seconds": 41.4, "stopped": 1}
+    effort: dict[str, Any] = {"seconds": 41.4, "stopped": 1}
     metrics = {
         "erasure/ua": rate(0.9),
         "attack/say/pre_asr": rate(0.25),
