@@ -120,3 +120,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_erased(
     with pytest.raises(UserError, match=says):
         run(cfg)
     assert not list(tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize("chosen", ["evaluator=full", "+sweep=attacks"])
+def test_all_attacks_are_all(chosen: str) -> None:
+    assert sorted(compose([chosen]).evaluator.attacks) == ATTACKS
