@@ -302,6 +302,13 @@ def test_batches_of_a_set_are_its_members_own() -> None:
     assert not any(unit.drawn for unit in units(Say(), concept("cat"), concept("cat"), 0, 2))
 
 
+@pytest.mark.parametrize("none", ["prompts", "at_n"])
+def test_an_attack_on_nothing_is_refused(model: TextToImage, ungreen: Edit, tmp_path: Path, none: str) -> None:
+    attack = Say(**{none: 0})  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=f"attack say: {none} is at least 1, not 0"):
+        campaign(model, ungreen, tmp_path, attack).run(attack)
+
+
 def test_the_control_is_attacked_with_drawings(model: TextToImage, ungreen: Edit, tmp_path: Path) -> None:
     seen: list[Scene] = []
 

@@ -1,4 +1,4 @@
-"""The table of attacks from records made by hand."""
+"""The scripts of attacks: the table, from records made by hand, and which attack's prompts are replayed."""
 
 import importlib.util
 from pathlib import Path
@@ -11,14 +11,18 @@ from unpaint.errors import UserError
 from unpaint.results import RunRecord
 
 
-@pytest.fixture(scope="module")
-def table() -> ModuleType:
-    file = Path(__file__).parents[2] / "scripts" / "attack_table.py"
-    spec = importlib.util.spec_from_file_location("attack_table", file)
+def script(name: str) -> ModuleType:
+    file = Path(__file__).parents[2] / "scripts" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def table() -> ModuleType:
+    return script("attack_table")
 
 
 def rate(value: float, n: int = 16, **more: Any) -> dict[str, Any]:
@@ -69,3 +73,12 @@ def test_a_row_an_attack(table: ModuleType, tmp_path: Path) -> None:
     RunRecord("b" * 12, "complete", "2026-01-01", None, "uce", "cat", "m", 0, {}).save(tmp_path / "plain" / "run")
     with pytest.raises(UserError, match="no complete run with attacks"):
         table.tables([tmp_path / "plain"], table.each)
+
+
+def test_what_is_replayed_is_what_the_same_choices_attacked_with() -> None:
+    composed = script("transfer").composed
+    options = {
+        name: composed("unlearn_diff", chosen).evaluator.attacks.unlearn_diff.prompts
+        for name, chosen in (("shipped", []), ("adversarial", ["evaluator=adversarial"]), ("sweep", ["+sweep=attacks"]))
+    }
+    assert options == {"shipped": 24, "adversarial": 16, "sweep": 32}

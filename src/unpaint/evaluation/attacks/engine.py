@@ -22,6 +22,7 @@ from torch import Tensor
 
 import unpaint
 from unpaint.concepts import IN_SET, STATIC, TARGET, AnyConcept, Case, Concept
+from unpaint.errors import UserError
 from unpaint.evaluation.attacks import Attack, Particular, Scene, Terms, digest, digest_of, pictures_of
 from unpaint.evaluation.attacks.words import length_of
 from unpaint.evaluation.metrics.rates import shown
@@ -127,8 +128,11 @@ def _labels(case: Case) -> list[str]:
 
 
 def check(attack: Attack, evaluator: Evaluator, concept: AnyConcept, seed: int, tokenizer: Any, length: int) -> None:
-    """Raises UserError if the attack's options do not fit the evaluator's sampler or a prompt that it is to attack.
-    length: tokens of a prompt, with both ends."""
+    """Raises UserError if the attack's options do not fit the evaluator's sampler or a prompt that it is to attack, or
+    if there is none. length: tokens of a prompt, with both ends."""
+    for key in ("prompts", "at_n"):
+        if getattr(attack, key) < 1:
+            raise UserError(f"attack {attack.name}: {key} is at least 1, not {getattr(attack, key)}")
     if isinstance(attack, Particular):
         cases = asked_for(attack, concept, seed, evaluator.prompts_csv)
         if evaluator.control is not None:
