@@ -3,8 +3,8 @@
 python scripts/transfer.py attack concept EDIT EDIT ... [--outputs FOLDER] [--set KEY=VALUE ...]
 
 The edits are those of `unpaint run`, whose prompts lie in FOLDER/.cache; nothing is searched, so attack them first:
-`unpaint evaluate edit=EDIT evaluator=adversarial`. The attack's options must be those that it ran with, so give the same
-choices: --set evaluator=adversarial, or --set +sweep=attacks. Prints a Markdown table, a row an attacked edit.
+`unpaint evaluate edit=EDIT evaluator=adversarial`. The attack's options must be those that it ran with, so give the
+same choices: --set evaluator=adversarial, or --set +sweep=attacks. Prints a Markdown table, a row an attacked edit.
 """
 
 import argparse
