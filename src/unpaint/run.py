@@ -154,6 +154,8 @@ def _given(cfg: DictConfig) -> Run:
 def _check_judges(this: Run) -> None:
     this.evaluator.check_model(str(this.cfg.model.name))
     this.evaluator.plan(this.concept, int(this.cfg.seed))
+    source = model_folder(this.cfg.model) or this.cfg.model.hub
+    this.evaluator.check_attacks(str(source), this.concept, int(this.cfg.seed))
 
 
 def _finished(this: Run) -> RunRecord | None:

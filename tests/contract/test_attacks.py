@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from unpaint.config import compose, conf_dir, instantiate
 from unpaint.edit import Edit, applied
+from unpaint.errors import UserError
 from unpaint.evaluation.attacks.engine import Campaign
 from unpaint.model import load_model
 from unpaint.run import run
@@ -97,3 +98,30 @@ def test_a_run_records_it(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
     asr, pre = (record.metrics[f"attack/completion/{key}"] for key in ("asr", "pre_asr"))
     assert asr["n"] == pre["n"] == 2 and asr["value"] >= pre["value"]
     assert {"low", "high", "base", "detector", "seconds", "queries"} <= asr.keys()
+
+
+@pytest.mark.parametrize(
+    ("attack", "option", "says"),
+    [
+        ("unlearn_diff", "k=200", "attack unlearn_diff: 200 free tokens do not fit"),
+        ("p4d_n", "k=200", "attack p4d_n: 200 free tokens do not fit"),
+        ("p4d_k", "k=200", "no free place with one after every 200"),
+        ("mma", "k=200", "attack mma: k is at most"),
+        ("ring_a_bell", "k=200", "attack ring_a_bell: k is at most"),
+        ("completion", "after=[2]", "attack completion: after is below the sampler's 2 steps"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_erased(
+    attack: str, option: str, says: str, tiny_pipeline_folder: Path, tmp_path: Path
+) -> None:
+    cfg = config(attack, tiny_pipeline_folder, tmp_path)
+    name, _, value = option.partition("=")
+    cfg.evaluator.attacks[attack][name] = [2] if value == "[2]" else int(value)
+    with pytest.raises(UserError, match=says):
+        run(cfg)
+    assert not list(tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize("chosen", ["evaluator=full", "+sweep=attacks"])
+def test_all_attacks_are_all(chosen: str) -> None:
+    assert sorted(compose([chosen]).evaluator.attacks) == ATTACKS

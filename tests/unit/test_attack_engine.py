@@ -13,7 +13,16 @@ from unpaint.concepts import Concept, ConceptSet
 from unpaint.edit import Edit, applied
 from unpaint.errors import UserError
 from unpaint.evaluation.attacks import Attack, Scene, Try, digest_of
-from unpaint.evaluation.attacks.engine import Campaign, Outcome, asked_for, found_prompts, summary, transfer, units
+from unpaint.evaluation.attacks.engine import (
+    Campaign,
+    Outcome,
+    asked_for,
+    found_prompts,
+    summary,
+    transfer,
+    union,
+    units,
+)
 from unpaint.evaluation.attacks.tokens import TokenAttack
 from unpaint.evaluation.metrics.drawings import drawing
 from unpaint.evaluation.metrics.rates import Rate
@@ -255,6 +264,16 @@ def test_the_budget_ends_a_search_and_a_larger_one_takes_it_up(
     assert here.scores(short)["attack/say/asr"]["stopped"] == 0
 
 
+def test_a_budget_is_what_a_prompt_gets_of_it(model: TextToImage, ungreen: Edit, tmp_path: Path) -> None:
+    many, few = Say(max_seconds=1e-9, prompts=6), Say(max_seconds=1e-9, prompts=3)
+    here = campaign(model, ungreen, tmp_path, many)
+    here.run(many)
+    # As much for half of the prompts is more for each.
+    assert here.outcomes(few, concept()) == []
+    here.run(few)
+    assert here.scores(few)["attack/say/asr"]["stopped"] == 3
+
+
 def test_two_ranks_do_what_one_does(model: TextToImage, ungreen: Edit, tmp_path: Path) -> None:
     alone, shared = (campaign(model, ungreen, tmp_path / name, Force(), control=True) for name in ("one", "two"))
     alone.run(Force())
@@ -275,10 +294,19 @@ def test_batches_of_a_set_are_its_members_own() -> None:
     assert all(set(case.wants) >= set(unit.concept.labels) for unit in every for case in unit.cases)
     edited = [unit for unit in every if unit.edited and not unit.drawn]
     assert [(unit.concept.name, len(unit.cases)) for unit in edited] == [("cat", 2), ("cat", 1), ("dog", 2), ("dog", 1)]
-    assert sum(unit.share for unit in edited) == pytest.approx(1)
+    assert sum(unit.budget * len(unit.cases) for unit in edited) == pytest.approx(60)
     assert sum(unit.drawn for unit in every) == 3
+    few = [unit for unit in units(Say(), pets, concept("umbrella"), 0, 4, control_prompts=3) if unit.drawn]
+    assert [(len(unit.cases), unit.budget) for unit in few] == [(3, 20.0)]
     # The control of itself would be no control.
     assert not any(unit.drawn for unit in units(Say(), concept("cat"), concept("cat"), 0, 2))
+
+
+@pytest.mark.parametrize("none", ["prompts", "at_n"])
+def test_an_attack_on_nothing_is_refused(model: TextToImage, ungreen: Edit, tmp_path: Path, none: str) -> None:
+    attack = Say(**{none: 0})  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=f"attack say: {none} is at least 1, not 0"):
+        campaign(model, ungreen, tmp_path, attack).run(attack)
 
 
 def test_the_control_is_attacked_with_drawings(model: TextToImage, ungreen: Edit, tmp_path: Path) -> None:
@@ -321,6 +349,30 @@ def test_effort_by_hand() -> None:
     }
 
 
+def test_the_union_of_two_attacks_by_hand() -> None:
+    lost, won = Outcome("a", 1, False, False, "x", 8, 4.0, (False,), 9.0), Outcome("a", 1, False, True, "y", 3, 2.0)
+    pre, alone = Outcome("b", 2, True, True, None, 0, 0.0), Outcome("c", 3, False, True, "z", 1, 1.0)
+    seen = Outcome("d", 4, False, False, "v", 1, 1.0, (False, True))
+    both = union([[lost, pre, alone, seen], [won, pre, replace(seen, again=(False, False))]])
+    assert both[0] == replace(won, queries=11, seconds=6.0, again=(False,))
+    assert both[1] == pre and len(both) == 3
+    assert not both[2].found and both[2].again == (False, True, False, False)
+    assert union([[lost], [lost]])[0].stopped == 9.0
+
+
+def test_p4d_is_also_counted_as_the_union_of_both(model: TextToImage, ungreen: Edit, tmp_path: Path) -> None:
+    attacks = (Say(name="p4d_n"), Force(name="p4d_k"))
+    here = campaign(model, ungreen, tmp_path, attacks[0])
+    for attack in attacks:
+        here.run(attack)
+    scores = here.union_scores(attacks)
+    assert list(scores) == ["attack/p4d_union/pre_asr", "attack/p4d_union/asr"]
+    asr, each = scores["attack/p4d_union/asr"], [here.scores(attack) for attack in attacks]
+    assert (asr["value"], asr["n"], asr["base"]) == (2 / 6, 6, 1.0)
+    assert asr["queries"] == each[0]["attack/p4d_n/asr"]["queries"] + each[1]["attack/p4d_k/asr"]["queries"]
+    assert here.union_scores(attacks[:1]) == {}
+
+
 def test_found_prompts_are_replayed_on_other_edits(model: TextToImage, ungreen: Edit, tmp_path: Path) -> None:
     mild = shifted(model, 1e-4)
     here = {name: campaign(model, edit, tmp_path, Force()) for name, edit in (("strong", ungreen), ("mild", mild))}
@@ -352,6 +404,20 @@ def test_prompts_of_a_file_are_attacked_each_with_its_guidance(
     assert given[:2] == [(["one", "third"], [7, 9], 2.0), (["another"], [8], 3.0)]
     assert all(scene.concept.name == "umbrella" for scene in seen[2:]) and len(seen) == 4
     assert here.scores(Look())["attack/say/asr"]["n"] == 3
+    # The same prompts with another guidance are other questions.
+    file.write_text("prompt,evaluation_seed,evaluation_guidance\none,7,5\n")
+    assert here.outcomes(Look(), concept()) == []
+
+
+def test_a_found_prompt_keeps_its_guidance(model: TextToImage, ungreen: Edit, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.csv"
+    file.write_text("prompt,evaluation_seed,evaluation_guidance\none,7,2\nanother,8,3\n")
+    here = campaign(model, ungreen, tmp_path, Force())
+    here.evaluator.prompts_csv = str(file)
+    here.run(Force())
+    found_prompts({"say": here.outcomes(Force(), concept())}, 2.5, tmp_path / "found")
+    assert [row.guidance for row in prompts_from_csv(tmp_path / "found" / "say.csv")] == [2, 3]
+    assert transfer({"edit": here}, Force()) == {"edit": {"edit": (0.0, 2)}}
 
 
 def test_an_evaluator_refuses_what_cannot_be_told_apart_and_a_control_that_is_not_its_model_s() -> None:

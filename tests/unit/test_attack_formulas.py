@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 from unpaint.concepts import IN_SET, Concept
 from unpaint.errors import UserError
-from unpaint.evaluation.attacks import Scene
+from unpaint.evaluation.attacks import Attack, Scene, Terms, Try
 from unpaint.evaluation.attacks.inversion import Inversion, Lesson, with_token
 from unpaint.evaluation.attacks.mma import MMA, Greedy, allowed_tokens, blocked_words
 from unpaint.evaluation.attacks.probes import Completion, Inpainting, LatentInversion, Noise, centre
-from unpaint.evaluation.attacks.ring_a_bell import Genetic, concept_vector
+from unpaint.evaluation.attacks.ring_a_bell import Genetic, RingABell, concept_vector
 from unpaint.evaluation.attacks.tokens import (
     Search,
     TokenAttack,
@@ -162,6 +162,46 @@ def test_the_end_of_a_prompt_makes_room() -> None:
         layout([5, 6, 7], "every", 4, 6, 0)
 
 
+def test_an_attack_says_what_does_not_fit_before_it_starts() -> None:
+    terms = Terms(25, 6, [[5, 6, 7], [5, 6]])
+    for attack in (token_attack(k=6), token_attack(slots="every", k=2), mma(k=6), ring_a_bell(k=6)):
+        attack.check(terms)
+    with pytest.raises(UserError, match="attack test: 7 free tokens do not fit into a prompt: the model takes 6"):
+        token_attack(k=7).check(terms)
+    with pytest.raises(UserError, match="attack test: a prompt of 2 tokens has no free place with one after every 3"):
+        token_attack(slots="every", k=3).check(terms)
+    for name, attack in (("mma", mma(k=7)), ("ring_a_bell", ring_a_bell(k=7))):
+        with pytest.raises(UserError, match=f"attack {name}: k is at most 6 tokens of this model, not 7"):
+            attack.check(terms)
+
+
+@pytest.mark.parametrize("nothing", ["rounds", "iterations", "generations", "steps"])
+def test_an_attack_with_nothing_to_search_tries_nothing(scene: Scene, nothing: str) -> None:
+    attacks: dict[str, Attack] = {
+        "rounds": token_attack(rounds=0),
+        "iterations": token_attack(iterations=0),
+        "generations": ring_a_bell(generations=0),
+        "steps": Inversion("inversion", "", 2, "a", 0, 1e-3, 2, 2, 9.0),
+    }
+    assert list(attacks[nothing].attempts(scene)) == []
+    assert list(mma(iterations=0).attempts(scene)) == []
+
+
+def test_the_same_text_is_painted_once(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = iter([["a", "b"], ["a", "c"], ["a", "b"], ["d", "b"]])
+    monkeypatch.setattr(Search, "texts", lambda self, rows: next(said))
+    painted: list[tuple[list[int], list[str]]] = []
+
+    def keep(rows: list[int], texts: list[str]) -> Try:
+        painted.append((rows, texts))
+        return Try(rows, torch.zeros(len(rows), 3, 64, 64, dtype=torch.uint8), texts)
+
+    monkeypatch.setattr(scene, "painted", keep)
+    for _ in token_attack(rounds=4, iterations=1).attempts(scene):
+        pass
+    assert painted == [([0, 1], ["a", "b"]), ([1], ["c"]), ([0], ["d"])]
+
+
 # --- the token engine -------------------------------------------------------------------------------------------------
 
 
@@ -244,8 +284,8 @@ def test_a_row_does_not_depend_on_those_beside_it(scene: Scene, variable: str) -
         scene.open = list(rows)
         options = {"variable": variable, "timesteps": "random", "lr": 0.1, "iterations": 3}
         search = Search(token_attack(**options), scene, Words(scene.model))
-        for step in range(3):
-            search.step(0, step)
+        for _ in range(3):
+            search.step(0)
         return search.variable.detach()[search.mine([row])]
 
     assert torch.allclose(end([0, 1], 1), end([1], 1), atol=1e-4)
@@ -255,8 +295,8 @@ def test_a_row_does_not_depend_on_those_beside_it(scene: Scene, variable: str) -
 def test_the_search_stays_on_the_simplex_and_moves_only_what_is_free(scene: Scene) -> None:
     before = {key: value.clone() for key, value in scene.model.pipe.text_encoder.state_dict().items()}
     search = Search(token_attack(lr=0.1), scene, Words(scene.model))
-    for step in range(3):
-        search.step(0, step)
+    for _ in range(3):
+        search.step(0)
     assert search.variable.shape[0] == 4
     assert torch.allclose(search.variable.sum(dim=1), torch.ones(4), atol=1e-4) and search.variable.min() >= 0
     assert search.variable.std() > 0.01
@@ -349,6 +389,12 @@ def mma(**options: Any) -> MMA:
     return MMA("mma", "", prompts=2, at_n=1, max_seconds=9, **given | options)
 
 
+def ring_a_bell(**options: Any) -> RingABell:
+    given: dict[str, Any] = {"pairs": 2, "strength": 3.0, "k": 2, "population": 4, "generations": 2}
+    rates = {"crossover": 0.5, "mutation": 0.25}
+    return RingABell("ring_a_bell", "", prompts=2, at_n=1, max_seconds=9, **given | rates | options)
+
+
 def test_blocked_words_are_never_proposed(words: Words) -> None:
     asked = concept(target="a cat", wordings=("the dog on",))
     assert blocked_words(asked, ["In"]) == ["cat", "dog", "in"]
@@ -406,7 +452,7 @@ def test_completion_without_a_first_step_is_the_edited_model_alone(scene: Scene)
     assert (tries[0].pictures.int() - plain.int()).abs().max() <= 1
     assert (tries[1].pictures.int() - plain.int()).abs().max() > 1
     with pytest.raises(UserError, match="after is below the sampler's 3 steps"):
-        next(Completion("completion", "", (3,), 3, 9.0).attempts(scene))
+        Completion("completion", "", (3,), 3, 9.0).check(Terms(3, 6, []))
 
 
 def test_completion_by_the_same_model_changes_nothing(scene: Scene) -> None:
@@ -462,12 +508,22 @@ def test_ddim_backwards_is_the_way_back(tiny_pipe: Any) -> None:
 
 def test_latent_inversion_starts_from_the_picture(tiny_pipe: Any, scene: Scene) -> None:
     scene.model = flat(tiny_pipe)
-    tries = list(LatentInversion("latent_inversion", "", ("same", "empty"), 20, 3, 9.0).attempts(scene))
+    tries = list(LatentInversion("latent_inversion", "", 0.0, ("same", "empty"), 20, 3, 9.0).attempts(scene))
     encoded = scene.finished(scene.model.latents_of(scene.pictures[:2]))
     assert len(tries) == 2
     assert all(attempt and (attempt.pictures.int() - encoded.int()).abs().max() <= 1 for attempt in tries)
     with pytest.raises(UserError, match="paint_with is same or empty, not 'sam'; did you mean same"):
-        LatentInversion("latent_inversion", "", ("sam",), 10, 3, 9.0)
+        LatentInversion("latent_inversion", "", 0.0, ("sam",), 10, 3, 9.0)
+    with pytest.raises(UserError, match="fresh is between 0 and 1, not 2"):
+        LatentInversion("latent_inversion", "", 2, ("same",), 10, 3, 9.0)
+
+
+def test_with_fresh_noise_alone_latent_inversion_is_the_plain_painting(scene: Scene) -> None:
+    plain = list(LatentInversion("latent_inversion", "", 1.0, ("same",), 3, 3, 9.0).attempts(scene))
+    assert plain[0] and (plain[0].pictures.int() - scene.pictures[:2].int()).abs().max() <= 1
+    half = LatentInversion("latent_inversion", "", 0.5, ("same",), 3, 3, 9.0)
+    ends = [LatentInversion("", "", fresh, ("same",), 3, 3, 9.0)._inverted(scene, [0, 1]) for fresh in (0.0, 1.0)]
+    assert torch.allclose(half._inverted(scene, [0, 1]), 0.5**0.5 * (ends[0] + ends[1]), atol=1e-5)
 
 
 def test_more_noise(model: TextToImage) -> None:

@@ -55,6 +55,7 @@ class Evaluator:
     many pictures as the concept says, as far as it has different prompts. relearning: how to try whether what was
     erased can be brought back, None to leave that out; see `restoration`. attacks: any name -> Attack; control: a
     concept that the model never learned, attacked in the same way, None to leave that out; see `attacks`.
+    control_prompts: with at most so many prompts, None for as many as the concept.
     Raises UserError on two metrics or attacks of one name.
     """
 
@@ -70,6 +71,7 @@ class Evaluator:
         relearning: Relearning | None = None,
         attacks: Mapping[str, Attack] | None = None,
         control: Concept | None = None,
+        control_prompts: int | None = None,
     ) -> None:
         self.metrics = list(metrics.values())
         self.detector = detector
@@ -81,6 +83,7 @@ class Evaluator:
         self.relearning = relearning
         self.attacks = list((attacks or {}).values())
         self.control = control
+        self.control_prompts = control_prompts
         names = [metric.name for metric in self.metrics]
         if not names:
             raise UserError("the evaluator has no metrics; give it one, e.g. +metric@evaluator.metrics.ua=ua")
@@ -89,8 +92,9 @@ class Evaluator:
         attacked_by = [attack.name for attack in self.attacks]
         if len(set(attacked_by)) < len(attacked_by):
             raise UserError(f"two attacks of the evaluator are called '{max(attacked_by, key=attacked_by.count)}'")
-        for key, number in (("batch_size", batch_size), ("times", times)):
-            if number < 1:
+        least_one = {"batch_size": batch_size, "times": times, "control_prompts": control_prompts}
+        for key, number in least_one.items():
+            if number is not None and number < 1:
                 raise UserError(f"evaluator.{key} is at least 1, not {number}")
         if prompts_part not in (STATIC, OUT_OF_SET):
             raise UserError(f"evaluator.prompts_part is {STATIC} or {OUT_OF_SET}, not '{prompts_part}'")
@@ -110,6 +114,24 @@ class Evaluator:
                 f"the detector knows the pictures of model '{only}' only, not those of '{name}'; "
                 "give another: detector@evaluator.detector=NAME"
             )
+
+    def check_attacks(self, source: str, concept: AnyConcept, seed: int) -> None:
+        """Raises UserError if the options of an attack do not fit the model or a prompt. source: folder or hub id of
+        the model, of which only the tokenizer is loaded; nothing is checked of a model that is not on this machine."""
+        if not self.attacks:
+            return
+        from transformers import CLIPTextConfig, CLIPTokenizer
+
+        from unpaint.evaluation.attacks.engine import check
+        from unpaint.evaluation.attacks.words import length_of
+
+        try:
+            tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", local_files_only=True)
+            config = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", local_files_only=True)
+        except (OSError, ValueError):
+            return  # loading the model says what is wrong
+        for attack in self.attacks:
+            check(attack, self, concept, seed, tokenizer, length_of(tokenizer, config))
 
     def plan(self, concept: AnyConcept, seed: int) -> list[Batch]:
         """The batches to paint, a pure function of concept, seed, sampler and file of prompts.
@@ -326,7 +348,8 @@ class Evaluator:
         found_prompts(
             {attack.name: campaign.outcomes(attack, concept) for attack in self.attacks}, self.sampler.guidance, folder
         )
-        return {name: score for attack in self.attacks for name, score in campaign.scores(attack).items()}
+        scores = {name: score for attack in self.attacks for name, score in campaign.scores(attack).items()}
+        return scores | campaign.union_scores(self.attacks)
 
     def unlearning_accuracy(self, model: TextToImage, concept: AnyConcept, seed: int, pictures: int = 64) -> float:
         """A quick look at the model as it is now: UA over the first target prompts, with seeds that no report uses."""

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -99,6 +99,25 @@ def pictures_of(
     return torch.cat(list(paint(model, prompts, seeds, sampler, min(16, len(cases)), weights=base)))
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What an attack is told before anything heavy is loaded. steps: the sampler's. length: how many tokens a prompt of
+    the model takes, without both ends. prompts: the tokens, without ends, of each prompt that is to be attacked."""
+
+    steps: int
+    length: int
+    prompts: Sequence[Sequence[int]]
+
+
+@runtime_checkable
+class Particular(Protocol):
+    """An attack whose options do not fit every model, prompt and sampler."""
+
+    def check(self, terms: Terms) -> None:
+        """Raises UserError if they do not fit these."""
+        ...
+
+
 class Attack(Protocol):
     """A way to bring a concept back; a frozen dataclass whose fields are its options.
 
@@ -137,5 +156,6 @@ def digest(content: object) -> str:
 
 
 def digest_of(case: Case) -> str:
-    """Names a case: prompt, seed and labels."""
-    return digest([case.prompt, case.seed, sorted(case.wants.items())])
+    """Names a case: prompt, seed, labels, and its guidance if it has its own."""
+    own = [] if case.guidance is None else [case.guidance]
+    return digest([case.prompt, case.seed, sorted(case.wants.items()), *own])

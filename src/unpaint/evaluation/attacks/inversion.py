@@ -49,6 +49,8 @@ class Inversion:
                 raise UserError(f"attack {self.name}: {key} is at least 1, not {getattr(self, key)}")
 
     def attempts(self, scene: Scene) -> Iterator[Try | None]:
+        if not self.steps:
+            return
         words = Words(scene.model)
         file = scene.folder / "token.safetensors"
         if (kept := read_tensor(file)) is None:

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from unpaint.concepts import Concept
 from unpaint.errors import UserError
-from unpaint.evaluation.attacks import Scene, Try
-from unpaint.evaluation.attacks.words import Words, by_text_alone
+from unpaint.evaluation.attacks import Scene, Terms, Try
+from unpaint.evaluation.attacks.words import Words, by_text_alone, check_room
 
 # Words of a concept that say nothing of it.
 COMMON = frozenset(["a", "an", "and", "at", "by", "in", "of", "on", "or", "style", "the", "to", "with"])
@@ -47,10 +47,13 @@ class MMA:
             if getattr(self, key) < 1:
                 raise UserError(f"attack {self.name}: {key} is at least 1, not {getattr(self, key)}")
 
+    def check(self, terms: Terms) -> None:
+        check_room(self.name, self.k, terms)
+
     def attempts(self, scene: Scene) -> Iterator[Try | None]:
+        if not self.iterations:
+            return iter(())
         words = Words(scene.model)
-        if self.k > words.length - 2:
-            raise UserError(f"attack {self.name}: k is at most {words.length - 2} tokens of this model, not {self.k}")
         return by_text_alone(scene, lambda rows: self._search(scene, words, rows))
 
     def _search(self, scene: Scene, words: Words, rows: Sequence[int]) -> Iterator[Sequence[str] | None]:

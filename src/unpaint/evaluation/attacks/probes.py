@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unpaint.errors import UserError, nearest
-from unpaint.evaluation.attacks import Scene, Try
+from unpaint.evaluation.attacks import Scene, Terms, Try
 from unpaint.sampling import denoise_noisily, denoise_on, denoise_to, invert, noise
 
 PROMPTS = ("same", "empty")
@@ -48,12 +48,13 @@ class Completion:
     def tries(self) -> int:
         return len(self.after)
 
+    def check(self, terms: Terms) -> None:
+        for k in self.after:
+            if not 0 <= k < terms.steps:
+                raise UserError(f"attack {self.name}: after is below the sampler's {terms.steps} steps, not {k}")
+
     def attempts(self, scene: Scene) -> Iterator[Try | None]:
         for k in self.after:
-            if not 0 <= k < scene.sampler.steps:
-                raise UserError(
-                    f"attack {self.name}: after is below the sampler's {scene.sampler.steps} steps, not {k}"
-                )
             rows = list(scene.open)
             yield Try(rows, _completed(scene, rows, k))
 
@@ -124,13 +125,15 @@ def centre(shape: Sequence[int], share: float) -> Tensor:
 class LatentInversion:
     """A picture of the concept is turned into noise by DDIM backwards, without a prompt, and painted from there.
 
-    paint_with: the prompts to paint with, one try each: `same` (the case's own, guided) or `empty` (without guidance,
-    which comes back to nearly any picture that the model can paint at all: read it against the control's). steps: of
-    both ways.
+    fresh: share of the start's variance that is fresh noise, of the case's own seed. DDIM backwards can be undone for
+    anything that the autoencoder can show, learned or not; what is left of the picture must be little enough that the
+    model has to know the rest. paint_with: the prompts to paint with, one try each: `same` (the case's own, guided) or
+    `empty` (without guidance). steps: of both ways.
     """
 
     name: str
     title: str
+    fresh: float
     paint_with: tuple[str, ...]
     steps: int
     prompts: int
@@ -139,6 +142,8 @@ class LatentInversion:
 
     def __post_init__(self) -> None:
         _listed(self, self.name, ["paint_with"])
+        if not 0 <= self.fresh <= 1:
+            raise UserError(f"attack {self.name}: fresh is between 0 and 1, not {self.fresh}")
         for which in self.paint_with:
             if which not in PROMPTS:
                 known = " or ".join(PROMPTS)
@@ -158,8 +163,11 @@ class LatentInversion:
 
     @torch.no_grad()
     def _inverted(self, scene: Scene, rows: Sequence[int]) -> Tensor:
-        latents = scene.model.latents_of(scene.pictures[list(rows)])
-        return invert(scene.model, latents, scene.model.encode([""] * len(rows)), self.steps)
+        model = scene.model
+        latents = model.latents_of(scene.pictures[list(rows)])
+        start = invert(model, latents, model.encode([""] * len(rows)), self.steps)
+        own = noise(scene.seeds(rows), model.latent_shape, model.device, model.dtype)
+        return (1 - self.fresh) ** 0.5 * start + self.fresh**0.5 * own
 
     @torch.no_grad()
     def _painted(self, scene: Scene, rows: Sequence[int], start: Tensor, which: str) -> Tensor:

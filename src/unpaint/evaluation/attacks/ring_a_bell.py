@@ -11,8 +11,8 @@ from torch import Tensor
 
 from unpaint.concepts import IN_SET
 from unpaint.errors import UserError
-from unpaint.evaluation.attacks import Scene, Try
-from unpaint.evaluation.attacks.words import Words, by_text_alone
+from unpaint.evaluation.attacks import Scene, Terms, Try
+from unpaint.evaluation.attacks.words import Words, by_text_alone, check_room
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,13 @@ class RingABell:
             if getattr(self, key) < 1:
                 raise UserError(f"attack {self.name}: {key} is at least 1, not {getattr(self, key)}")
 
+    def check(self, terms: Terms) -> None:
+        check_room(self.name, self.k, terms)
+
     def attempts(self, scene: Scene) -> Iterator[Try | None]:
+        if not self.generations:
+            return iter(())
         words = Words(scene.model)
-        if self.k > words.length - 2:
-            raise UserError(f"attack {self.name}: k is at most {words.length - 2} tokens of this model, not {self.k}")
         return by_text_alone(scene, lambda rows: self._search(scene, words, rows))
 
     def _search(self, scene: Scene, words: Words, rows: Sequence[int]) -> Iterator[Sequence[str] | None]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unpaint.errors import UserError, nearest
-from unpaint.evaluation.attacks import Scene, Try
+from unpaint.evaluation.attacks import Scene, Terms, Try
 from unpaint.evaluation.attacks.words import SLOTS, Layout, Words, layout
 
 CHOICES = {
@@ -70,15 +70,28 @@ class TokenAttack:
     def tries(self) -> int:
         return self.rounds
 
+    def check(self, terms: Terms) -> None:
+        for tokens in terms.prompts:
+            try:
+                layout(tokens, self.slots, self.k, terms.length, 0)
+            except UserError as error:
+                raise UserError(f"attack {self.name}: {error}") from error
+
     def attempts(self, scene: Scene) -> Iterator[Try | None]:
-        words = Words(scene.model)
-        search = Search(self, scene, words)
+        if not self.rounds or not self.iterations:
+            return
+        search = Search(self, scene, Words(scene.model))
+        asked: set[tuple[int, str]] = set()
         for i in range(self.rounds):
-            for step in range(self.iterations):
-                search.step(i, i * self.iterations + step)
+            for _ in range(self.iterations):
+                search.step(i)
                 yield None
-            rows = list(scene.open)
-            yield scene.painted(rows, search.texts(rows))
+            found = dict(zip(scene.open, search.texts(scene.open), strict=True))
+            # The same text would be painted as the same picture.
+            new = {row: text for row, text in found.items() if (row, text) not in asked}
+            asked |= new.items()
+            if new:
+                yield scene.painted(list(new), list(new.values()))
 
 
 class Search:
@@ -110,7 +123,7 @@ class Search:
             start = self.words.table[torch.cat(drawn).to(self.words.table.device)].clone()
         return start.requires_grad_(True)
 
-    def step(self, i: int, step: int) -> None:
+    def step(self, i: int) -> None:
         """One step of all open rows, of round i."""
         rows = list(self.scene.open)
         self.optimizer.zero_grad()

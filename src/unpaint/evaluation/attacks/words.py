@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from unpaint.errors import UserError, nearest
-from unpaint.evaluation.attacks import Scene, Try, digest_of
+from unpaint.evaluation.attacks import Scene, Terms, Try, digest_of
 from unpaint.model import TextToImage
 from unpaint.results import write_json
 
@@ -32,7 +32,7 @@ class Words:
     def __init__(self, model: TextToImage) -> None:
         self.model = model
         self.tokenizer, self.encoder = model.pipe.tokenizer, model.pipe.text_encoder
-        self.length = min(self.tokenizer.model_max_length, self.encoder.config.max_position_embeddings)
+        self.length = length_of(self.tokenizer, self.encoder.config)
         self.usable = torch.tensor(usable_ids(self.tokenizer), device=model.device)
         self.table: Tensor = self.encoder.get_input_embeddings().weight[self.usable].detach().float()
 
@@ -71,6 +71,17 @@ class Words:
     def embeddings(self, ids: Tensor, soft: Tensor | None = None, where: Tensor | None = None) -> Tensor:
         """Text embeddings (B, L, D), as `TextToImage.encode` has them of a prompt; arguments as in `encoded`."""
         return self.encoded(ids, soft, where)[0].to(self.model.dtype)
+
+
+def length_of(tokenizer: Any, encoder_config: Any) -> int:
+    """Tokens of a prompt, with both ends."""
+    return int(min(tokenizer.model_max_length, encoder_config.max_position_embeddings))
+
+
+def check_room(name: str, k: int, terms: Terms) -> None:
+    """Raises UserError if k tokens in a prompt's place are more than a prompt has."""
+    if k > terms.length:
+        raise UserError(f"attack {name}: k is at most {terms.length} tokens of this model, not {k}")
 
 
 @contextmanager
