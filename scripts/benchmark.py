@@ -2,7 +2,7 @@
 
 python scripts/benchmark.py painting    sampling.paint against diffusers' own pipeline, one by one and as a list
 python scripts/benchmark.py latents     ESD with latents drawn afresh each step against stored and moving trajectories
-python scripts/benchmark.py methods     seconds to UA 95 % of TRUST against full fine-tuning and SalUn
+python scripts/benchmark.py methods     seconds to UA 95 % of every method, and in all, against TRUST's
 python scripts/benchmark.py memory      peak memory of scoring 10,000 pictures against that of scoring 100
 python scripts/benchmark.py ranks       an evaluation by one process against two, one thread each; and what they find
 python scripts/benchmark.py sweep       the first job of a sweep against the second, which shares what is the same
@@ -38,6 +38,7 @@ from unpaint.evaluation.metrics.rates import Rate
 from unpaint.evaluation.metrics.same_seed import SameSeed
 from unpaint.evaluation.pictures import PictureStore, batches_of
 from unpaint.evaluation.suite import Evaluator
+from unpaint.methods.esd import GROUPS as ESD_VARIANTS
 from unpaint.model import load_model
 from unpaint.picturebook.world import STYLES
 from unpaint.run import run
@@ -118,17 +119,18 @@ def latents(concept: str = "cat") -> dict[str, object]:
 def methods(concept: str = "cat") -> dict[str, object]:
     """Erase seconds until UA first reaches 95 % (looked for 20 times on the way) and in all, each from nothing: what
     another run has painted is not used. `never`: the probes did not see 95 %."""
+    others = ("salun", "doco", "sepme", "uce", "concept_prune")
     ways = {
         "trust": ["method=trust"],
-        "esd all": ["method=esd", "method.variant=all"],
-        "esd x": ["method=esd"],
-        "salun": ["method=salun"],
+        **{f"esd {variant}": ["method=esd", f"method.variant={variant}"] for variant in ESD_VARIANTS},
+        **{name: [f"method={name}"] for name in others},
     }
+    only_ua = ["logger=none", *(f"~metric@evaluator.metrics.{name}" for name in ("ira", "cra", "clip_score"))]
     out: dict[str, object] = {}
     until: dict[str, float | None] = {}
     for name, options in ways.items():
         with tempfile.TemporaryDirectory() as folder:
-            record = run(compose([*options, f"concept={concept}", "probes=20", "logger=none", f"outputs={folder}"]))
+            record = run(compose([*options, *only_ua, f"concept={concept}", "probes=20", f"outputs={folder}"]))
         until[name] = record.cost["seconds_to_ua95"]
         out[f"{name}: seconds to UA 95 %"] = until[name] or "never"
         out[f"{name}: erase seconds"] = record.cost["erase_seconds"]
