@@ -125,7 +125,10 @@ def methods(concept: str = "cat") -> dict[str, object]:
         **{f"esd {variant}": ["method=esd", f"method.variant={variant}"] for variant in ESD_VARIANTS},
         **{name: [f"method={name}"] for name in others},
     }
-    only_ua = ["logger=none", *(f"~metric@evaluator.metrics.{name}" for name in ("ira", "cra", "clip_score"))]
+    only_ua = [
+        "logger=none",
+        *(f"~metric@evaluator.metrics.{name}" for name in ("ira", "cra", "neighbours", "clip_score")),
+    ]
     out: dict[str, object] = {}
     until: dict[str, float | None] = {}
     for name, options in ways.items():
