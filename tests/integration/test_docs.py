@@ -299,7 +299,9 @@ def test_a_small_job_is_done(
 def yaml_keys(overrides: list[str]) -> set[str]:
     """The options of the method that the overrides choose."""
     own = next((line.partition("=")[2] for line in overrides if line.startswith("method=")), "esd")
-    file = next(file for folder in (ROOT / "conf", Path("my_conf")) if (file := folder / f"method/{own}.yaml").is_file())
+    file = next(
+        file for folder in (ROOT / "conf", Path("my_conf")) if (file := folder / f"method/{own}.yaml").is_file()
+    )
     return set(OmegaConf.load(file))
 
 
