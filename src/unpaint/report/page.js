@@ -216,6 +216,15 @@
     return { range: [middle - half, middle + half], near, at };
   }
 
+  // Few lines that are much worse than all others in a rate, as one that changes nothing is: the axis is not drawn down to them.
+  function apartFrom(lines, i) {
+    if (metrics[i].unit !== "rate") return [];
+    const order = [...lines].sort((a, b) => (metrics[i].up ? 1 : -1) * (a.cells[i][0] - b.cells[i][0]));
+    const most = Math.max(1, Math.floor(lines.length / 4));
+    const cut = order.findIndex((line, k) => k > 0 && k <= most && Math.abs(line.cells[i][0] - order[k - 1].cells[i][0]) > 0.4);
+    return cut > 0 ? order.slice(0, cut) : [];
+  }
+
   // Where each name stands beside its mark so that it hides as little as possible of marks and of names placed before it.
   function placed(lines, x, y, across, up, named, taken) {
     const wide = Math.max(300, get("trade").clientWidth - 90), high = Math.max(200, get("trade").clientHeight - 80), found = new Map();
@@ -255,11 +264,11 @@
     const far = across.at < across.range[0] === metrics[x].up ? "left" : "right";
     if (up.near) {
       axes.shapes = [{ ...line, xref: "paper", x0: 0, x1: 1, y0: up.at, y1: up.at, layer: "below" }];
-      axes.annotations = [{ ...plain, xref: "paper", x: far === "left" ? 0 : 1, xanchor: far, y: up.at, yanchor: "bottom", text: `${far === "left" ? "← " : ""}unedited model: ${text(y)} at ${text(x)}${far === "right" ? " →" : ""}` }];
+      axes.annotations.push({ ...plain, xref: "paper", x: far === "left" ? 0 : 1, xanchor: far, y: up.at, yanchor: "bottom", text: `${far === "left" ? "← " : ""}unedited model: ${text(y)} at ${text(x)}${far === "right" ? " →" : ""}` });
     } else if (across.near) {
       axes.shapes = [{ ...line, yref: "paper", y0: 0, y1: 1, x0: across.at, x1: across.at, layer: "below" }];
-      axes.annotations = [{ ...plain, yref: "paper", y: 0, yanchor: "bottom", x: across.at, xanchor: "right", text: `unedited model: ${text(x)}` }];
-    } else axes.annotations = [{ ...plain, xref: "paper", yref: "paper", x: 0, xanchor: "left", y: 0, yanchor: "bottom", text: `unedited model, outside: ${text(x)}, ${text(y)}` }];
+      axes.annotations.push({ ...plain, yref: "paper", y: 0, yanchor: "bottom", x: across.at, xanchor: "right", text: `unedited model: ${text(x)}` });
+    } else axes.annotations.push({ ...plain, xref: "paper", yref: "paper", x: 0, xanchor: "left", y: 0, yanchor: "bottom", text: `unedited model, outside: ${text(x)}, ${text(y)}` });
   }
 
   function drawTrade(view) {
@@ -269,16 +278,17 @@
     // A mean over fewer concepts answers another question: it is shown, but not on the front.
     const ranked = lines.filter((line) => line.rank !== null);
     const best = view.every ? [] : front(ranked, x, y);
-    const across = extent(lines, x, view.base[x]), up = extent(lines, y, view.base[y]);
+    const far = new Set([...apartFrom(lines, x), ...apartFrom(lines, y)]), near = lines.filter((line) => !far.has(line));
+    const across = extent(near, x, view.base[x]), up = extent(near, y, view.base[y]);
     const steps = (i) => best.map((l) => l.cells[i][0] * scale(i)), worst = (i, range) => (metrics[i].up ? range[0] : range[1]);
     if (best.length) traces.push({ type: "scatter", mode: "lines", x: [worst(x, across.range), ...steps(x), steps(x).pop()], y: [steps(y)[0], ...steps(y), worst(y, up.range)],
       line: { color: colour("--front"), width: 1.5, dash: "dot", shape: "vh" }, hoverinfo: "skip", name: "Pareto front" });
     const named = (line) => escaped(methods.length > 1 && lines.filter((one) => one.method === line.method).length === 1 ? line.method : line.name.slice(0, 30));
     const words = (wide, high) => {  // of the unedited model's line
       const at = high * (1 - (up.at - up.range[0]) / (up.range[1] - up.range[0]));
-      return up.near && !across.near && metrics[y].up ? [[0, at - 19, 250, at]] : [];
+      return [...(up.near && !across.near && metrics[y].up ? [[0, at - 19, 250, at]] : []), ...(far.size ? [[0, high - 17 * (far.size + 1), 250, high]] : [])];
     };
-    const places = few ? placed(lines, x, y, across.range, up.range, named, words) : new Map();
+    const places = few ? placed(near, x, y, across.range, up.range, named, words) : new Map();
     const away = (cell, i, k) => (cell[k] === null ? 0 : Math.abs(cell[k] - cell[0]) * scale(i));
     for (const method of methods) {
       const own = lines.filter((line) => line.method === method);
@@ -293,7 +303,10 @@
     const axes = layout(label(x), label(y), !few && methods.length > 1);
     axes.xaxis.range = metrics[x].up ? across.range : [...across.range].reverse();
     axes.yaxis.range = metrics[y].up ? up.range : [...up.range].reverse();
+    axes.annotations = [];
     drawUnedited(view.base, x, y, across, up, traces, axes, shown);
+    if (far.size) axes.annotations.push({ showarrow: false, align: "left", font: { size: 12, color: colour("--faint") }, xref: "paper", yref: "paper", x: 0, xanchor: "left", y: 0, yanchor: "bottom",
+      text: ["outside:", ...[...far].map((line) => `${named(line)}${view.every ? ` on ${escaped(line.concept)}` : ""}: ${metrics[y].head} ${line.cells[y][3]} at ${metrics[x].head} ${line.cells[x][3]}`)].join("<br>") });
     Plotly.react("trade", traces, axes, settings);
     get("trade").removeAllListeners("plotly_click");
     get("trade").on("plotly_click", (event) => {
