@@ -286,7 +286,7 @@
     const named = (line) => escaped(methods.length > 1 && lines.filter((one) => one.method === line.method).length === 1 ? line.method : line.name.slice(0, 30));
     const words = (wide, high) => {  // of the unedited model's line
       const at = high * (1 - (up.at - up.range[0]) / (up.range[1] - up.range[0]));
-      return [...(up.near && !across.near && metrics[y].up ? [[0, at - 19, 250, at]] : []), ...(far.size ? [[0, high - 17 * (far.size + 1), 250, high]] : [])];
+      return [...(up.near && !across.near && metrics[y].up ? [[0, at - 19, 250, at]] : []), ...(far.size ? [[0, high - 17 * (Math.min(far.size, 2) + 1), 250, high]] : [])];
     };
     const places = few ? placed(near, x, y, across.range, up.range, named, words) : new Map();
     const away = (cell, i, k) => (cell[k] === null ? 0 : Math.abs(cell[k] - cell[0]) * scale(i));
@@ -305,8 +305,12 @@
     axes.yaxis.range = metrics[y].up ? up.range : [...up.range].reverse();
     axes.annotations = [];
     drawUnedited(view.base, x, y, across, up, traces, axes, shown);
+    const rows = (method) => [...far].filter((line) => line.method === method).length;
+    const told = far.size <= 2
+      ? [...far].map((line) => `${named(line)}${view.every ? ` on ${escaped(line.concept)}` : ""}: ${metrics[y].head} ${line.cells[y][3]} at ${metrics[x].head} ${line.cells[x][3]}`)
+      : [methods.filter(rows).map((method) => `${escaped(method)}, ${rows(method)} row${rows(method) > 1 ? "s" : ""}`).join("; ")];
     if (far.size) axes.annotations.push({ showarrow: false, align: "left", font: { size: 12, color: colour("--faint") }, xref: "paper", yref: "paper", x: 0, xanchor: "left", y: 0, yanchor: "bottom",
-      text: ["outside:", ...[...far].map((line) => `${named(line)}${view.every ? ` on ${escaped(line.concept)}` : ""}: ${metrics[y].head} ${line.cells[y][3]} at ${metrics[x].head} ${line.cells[x][3]}`)].join("<br>") });
+      text: ["outside:", ...told].join("<br>") });
     Plotly.react("trade", traces, axes, settings);
     get("trade").removeAllListeners("plotly_click");
     get("trade").on("plotly_click", (event) => {
