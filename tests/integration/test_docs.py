@@ -6,7 +6,6 @@ in `FOR_REAL` go all the way, made small. The other commands of unpaint are run 
 """
 
 import contextlib
-import importlib.util
 import io
 import re
 import runpy
@@ -26,8 +25,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from unpaint import cli, run
-from unpaint.config import ConfTree, _parse, _values, adopt_edit, compose, identity
+from unpaint import cli, config, run
+from unpaint.config import adopt_edit, compose, identity
 from unpaint.edit import Edit
 from unpaint.files import WEIGHTS
 from unpaint.results import RunRecord
@@ -103,14 +102,21 @@ def words(command: str) -> list[str]:
     return shlex.split(command, comments=True)
 
 
+def in_configs() -> Iterator[Shown]:
+    """The commands in the comments of the shipped configs."""
+    for file in sorted((ROOT / "conf").rglob("*.yaml")):
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            if found := re.match(r"#.*?(unpaint run .*)", line):
+                yield Shown(file, number, found[1])
+
+
 def every_command() -> list[Shown]:
-    """Each command once, where it is shown first."""
+    """Each command once, where it is shown first, without its comment."""
     found: dict[str, Shown] = {}
-    for shown in chain.from_iterable(map(commands, PAGES)):
-        for part in " ".join(shlex.quote(word) for word in words(shown.text)).split(" '&&' "):
-            plain = shown.text if " && " not in shown.text else " ".join(shlex.split(part))
-            found.setdefault(re.sub(r"\s+#\s.*", "", plain).strip(), shown)
-    return [Shown(shown.page, shown.line, text) for text, shown in found.items()]
+    for shown in chain(*map(commands, PAGES), in_configs()):
+        for text in re.split(r"\s+&&\s+", re.sub(r"\s+#\s.*", "", shown.text).strip()):
+            found.setdefault(text, Shown(shown.page, shown.line, text))
+    return list(found.values())
 
 
 EVERY = every_command()
@@ -125,28 +131,26 @@ def is_job(text: str) -> bool:
 
 
 def is_made(shown: Shown) -> bool:
-    """Whether the leaderboard's script has written the line."""
+    """Whether it is one of many: the leaderboard's script has written the line, or it is in a config."""
     lines = shown.page.read_text(encoding="utf-8").splitlines()
-    return "<!-- made by scripts/leaderboard.py -->" in lines[: shown.line]
+    return shown.page.suffix == ".yaml" or "<!-- made by scripts/leaderboard.py -->" in lines[: shown.line]
 
 
 def shown(kind: str) -> list[Any]:
-    """The commands of a kind, as test parameters. Of the many that a script has made most are slow."""
+    """The commands of a kind, as test parameters. Of the many that are made or in configs all but one are slow."""
     kinds = {
         "real": lambda text: text in FOR_REAL,
         "elsewhere": is_listed,
         "job": lambda text: is_job(text) and not is_listed(text),
     }
-    parameters, methods = [], set()
+    parameters, many = [], False
     for one in EVERY:
         own = next((name for name, holds in kinds.items() if holds(one.text)), "rest")
         if own != kind:
             continue
-        marks = []
-        if is_made(one):
-            method = one.text.partition("method=")[2].partition(" ")[0]
-            marks = [pytest.mark.slow] if method in methods else []
-            methods.add(method)
+        made = is_made(one)
+        marks = [pytest.mark.slow] if made and many else []
+        many = many or made
         parameters.append(pytest.param(one, id=f"{one.where} {one.text[:60]}", marks=marks))
     return parameters
 
@@ -186,14 +190,14 @@ def desk(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline_folder: Path) -
         (desk / name).write_text(text, encoding="utf-8")
     (desk / "src").symlink_to(ROOT / "src")
     shutil.copytree(ROOT / "docs" / "results", desk / "docs" / "results")
-    script("make_records").make_records(desk / "outputs", 12)
+    shutil.copytree(ROOT / "docs" / "results" / "cat", desk / "outputs" / "picturebook" / "cat")
     for name, model, folder in (("edit", "picturebook", WEIGHTS), ("tiny", "sd15", tiny_pipeline_folder)):
         pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
         before = pipe.unet.conv_out.bias.detach().clone()
         with torch.no_grad():
             pipe.unet.conv_out.bias += 0.01
-        config = identity(compose([f"model={model}", "concept=dog"]))
-        edit = Edit.from_change(pipe, {"unet.conv_out.bias": before}, method="esd", concept="dog", config=config)
+        own = identity(compose([f"model={model}", "concept=dog"]))
+        edit = Edit.from_change(pipe, {"unet.conv_out.bias": before}, method="esd", concept="dog", config=own)
         edit.save(desk / f"{name}.safetensors")
     return desk
 
@@ -205,14 +209,6 @@ class Brought:
               *("place/" + word for word in ("town", "hill", "snow", "lake"))]
     thresholds, identity, only_for = {}, "brought", None
 """
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -252,17 +248,17 @@ def test_a_job_is_one_that_can_be_done(command: Shown, at_desk: Path, monkeypatc
 
 
 def prepared(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command line, as far as it goes without loading a model: parsed and checked, composed, of a sweep the first
-    job, made into objects, and these compared with each other."""
+    """The command line, as far as it goes without loading a model: parsed, every value of a sweep checked, and the
+    first job made into objects, which are compared with each other."""
+    checked: list[Any] = []
+    check_whole = config._check_whole
+    monkeypatch.setattr(config, "_check_whole", lambda cfg, command: (checked.append(cfg), check_whole(cfg, command)))
     asked: list[Any] = []
     monkeypatch.setattr("hydra._internal.utils._run_hydra", lambda **given: asked.append(given["args"]))
     assert cli.main(arguments) == 0
-    (args,) = asked
-    tree = ConfTree(ConfTree.default().root, extra=args.config_dir and Path(args.config_dir))
-    own = [line for line in args.overrides if not line.startswith("hydra.")]
-    cfg = compose([_values(override, tree)[0] for override in _parse(own, tree)], tree)
+    (args,), cfg = asked, checked[0]
     if arguments[0] == "evaluate":
-        adopt_edit(cfg, own)
+        adopt_edit(cfg, args.overrides)
     this = run._given(cfg) if arguments[0] == "evaluate" else run._prepared(cfg)
     if arguments[0] != "erase" or cfg.probes:
         run._check_judges(this)

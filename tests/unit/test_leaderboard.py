@@ -84,6 +84,6 @@ def test_the_picture_shows_the_plot_alone(leaderboard: ModuleType, tmp_path: Pat
         record(seed, f"method={method}", "concept=dog").save(tmp_path / "results" / str(seed))
     with Image.open(leaderboard.draw(tmp_path / "results", tmp_path / "tradeoff.png")) as picture:
         assert picture.size == (2 * leaderboard.WIDTH, 2 * leaderboard.HEIGHT)
-        colours = {colour for count, colour in picture.convert("RGB").getcolors() or [] if count > 50}
-    assert len(colours) > 4
-    assert max(colours, key=sum) == (255, 255, 255)
+        found = {colour for count, colour in picture.convert("RGB").getcolors() or [] if count > 50}
+    # The paper, and the marks' own colours.
+    assert len(found) > 4 and (255, 255, 255) in found
