@@ -35,12 +35,11 @@ ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 PROGRAMS = ("unpaint", "make", "python", "pip", "sbatch", "wandb", "source", "scripts/", ".venv/")
 
-# Run to the end, with the settings of a tiny run before them.
+# Run to the end, with the settings of a tiny run before them; all but the first two are slow.
 FOR_REAL = (
-    "unpaint run concept=mosaic method=esd",
-    "unpaint erase concept=dog method.steps=100",
-    "unpaint evaluate edit=FILE",
     "unpaint run --config-dir my_conf method=rename plugins=[my_methods]",
+    "unpaint evaluate edit=FILE",
+    "unpaint run concept=mosaic method=esd",
     "unpaint run --config-dir my_conf method=remap plugins=[my_methods]",
     "unpaint run +metric@evaluator.metrics.brightness=brightness",
 )
@@ -49,12 +48,13 @@ FOR_REAL = (
 ELSEWHERE = {
     r"unpaint (run|erase|evaluate)": "the command's name, not a call",
     r"make [a-z-]+": "minutes: `make -n` prints what it would do, and CI does `make test` and `make test-slurm`",
-    r"pip install .*": "needs a network: the extras that it names are compared with pyproject.toml",
+    r"pip install .*|pre-commit install": "needs a network: the extras that it names are compared with pyproject.toml",
     r"source \.venv/bin/activate": "a line of the reader's own shell",
     r"python scripts/\w+\.py.*": "minutes or hours: the script's --help knows all that is shown of it",
     r"sbatch .*|PARTS=8 scripts/.*": "a cluster: tests/slurm runs the scripts, here their overrides are checked",
     r"scripts/slurm/one_machine.sh start FOLDER": "installs and starts a SLURM: tests/slurm does",
     r"wandb (login|sync .*)": "needs an account",
+    r"unpaint git python .*": "keys of a record, not a command",
 }
 
 
@@ -93,7 +93,7 @@ def commands(page: Path) -> Iterator[Shown]:
         r"^```.*?^```$", lambda m: "\n" * m[0].count("\n"), page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL
     )
     for code in re.finditer(r"`([^`]+)`", blank):
-        if is_command(code[1]) and (" " in code[1] or code[1].startswith("sbatch")):
+        if is_command(code[1]) and " " in code[1]:
             yield Shown(page, blank.count("\n", 0, code.start()) + 1, " ".join(code[1].split()))
 
 
@@ -149,7 +149,7 @@ def shown(kind: str) -> list[Any]:
         if own != kind:
             continue
         made = is_made(one)
-        marks = [pytest.mark.slow] if made and many else []
+        marks = [pytest.mark.slow] if (made and many) or one.text in FOR_REAL[2:] else []
         many = many or made
         parameters.append(pytest.param(one, id=f"{one.where} {one.text[:60]}", marks=marks))
     return parameters
@@ -229,7 +229,9 @@ def filled_in(text: str, edit: str = "edit.safetensors") -> list[str]:
         ("FOLDER", "made_up"),
     ):
         text = text.replace(name, value)
-    return words(text)[1:]
+    # CONTRIBUTING.md puts this method into the package; here it lies outside.
+    own = ["--config-dir", "my_conf", "plugins=[my_methods]"] if "method=remap concept" in text else []
+    return words(text)[1:] + own
 
 
 # --- the tests
