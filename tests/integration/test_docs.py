@@ -254,7 +254,12 @@ def prepared(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     first job made into objects, which are compared with each other."""
     checked: list[Any] = []
     check_whole = config._check_whole
-    monkeypatch.setattr(config, "_check_whole", lambda cfg, command: (checked.append(cfg), check_whole(cfg, command)))
+
+    def remembered(cfg: Any, command: str | None) -> None:
+        checked.append(cfg)
+        check_whole(cfg, command)
+
+    monkeypatch.setattr(config, "_check_whole", remembered)
     asked: list[Any] = []
     monkeypatch.setattr("hydra._internal.utils._run_hydra", lambda **given: asked.append(given["args"]))
     assert cli.main(arguments) == 0
@@ -279,7 +284,7 @@ def test_a_small_job_is_done(
         exec(block("CONTRIBUTING.md", "class Brightness"), module.__dict__)
         monkeypatch.setattr("unpaint.evaluation.metrics.brightness", module, raising=False)
         rest += ["--config-dir", "my_conf"]
-    takes = yaml_keys(rest)
+    takes = options_of_method(rest)
     given = [line for line in small if not line.startswith("method.") or line.partition("=")[0][7:] in takes]
     if first == "evaluate":
         given = [line for line in given if not line.startswith(("method.", "concept="))]
@@ -294,7 +299,7 @@ def test_a_small_job_is_done(
         assert 0 < RunRecord.load(record).metrics["fidelity/brightness"]["value"] < 1
 
 
-def yaml_keys(overrides: list[str]) -> set[str]:
+def options_of_method(overrides: list[str]) -> set[str]:
     """The options of the method that the overrides choose."""
     own = next((line.partition("=")[2] for line in overrides if line.startswith("method=")), "esd")
     file = next(
