@@ -1,7 +1,9 @@
 """The leaderboard: keeps the records of a sweep, small, under docs/results, and makes docs/results.md of what is kept.
 
     python scripts/leaderboard.py keep outputs     copy the records of every complete run there, without machine paths
-    python scripts/leaderboard.py write            docs/results.md from docs/results
+    python scripts/leaderboard.py write            docs/results.md and docs/images/tradeoff.png from docs/results
+
+The picture is a photograph of the page's own plot, and takes a Chromium: apt-get install chromium.
 
 The text of docs/results.md outside the two marks is written by hand and left as it is.
 """
@@ -9,20 +11,26 @@ The text of docs/results.md outside the two marks is written by hand and left as
 import argparse
 import dataclasses
 import re
+import shutil
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from PIL import Image
 
 from unpaint.config import compose
 from unpaint.errors import UserError
 from unpaint.listing import conf_dir, options
 from unpaint.report.aggregate import Summary, summarized
 from unpaint.report.gather import Run, flat, gather
+from unpaint.report.page import write_page
 from unpaint.report.tables import NOTES, apart, markdown, order_in_words
+from unpaint.report.wall import Wall
 from unpaint.results import RunRecord
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -72,6 +80,41 @@ def write(results: Path, page: Path) -> Path:
     after = rest.partition(END)[2]
     page.write_text(f"{before}{made}{after.rstrip()}\n", encoding="utf-8")
     return page
+
+
+CHROMIUMS = ("chromium", "chromium-browser", "google-chrome")
+WIDTH, HEIGHT = 900, 470
+# Of the page, the trade-off plot alone.
+ALONE = """
+<style>
+  .skip, .top, .filters, footer, .modebar-container { display: none !important; }
+  main > section:not([aria-labelledby="trade-title"]), section > :not(#trade) { display: none !important; }
+  .wide { padding: 0; max-width: none; } section { margin: 0; } .plot { height: %dpx; }
+</style>
+"""
+
+
+def draw(results: Path, picture: Path) -> Path:
+    """Photograph the trade-off plot of the page that `unpaint compare` writes of `results`, twice as large as it is
+    shown. Raises UserError without a Chromium."""
+    browser = next((found for name in CHROMIUMS if (found := shutil.which(name))), None)
+    if browser is None:
+        raise UserError(f"{picture} is drawn by a browser, and there is none: apt-get install chromium")
+    with tempfile.TemporaryDirectory() as folder:
+        page = write_page(summarized(gather(results)), Wall(), Path(folder) / "page.html")
+        html = page.read_text(encoding="utf-8").replace("</head>", ALONE % HEIGHT + "</head>", 1)
+        page.write_text(html, encoding="utf-8")
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=8000"]
+        size = [f"--window-size={WIDTH},{HEIGHT}", "--force-device-scale-factor=2"]
+        shot = Path(folder) / "shot.png"
+        own = [f"--user-data-dir={folder}/profile", f"--screenshot={shot}"]
+        done = subprocess.run([browser, *flags, *size, *own, page.as_uri()], capture_output=True, text=True)
+        if not shot.is_file():
+            raise UserError(f"{picture}: {browser} took no picture: {done.stderr.strip()[-300:]}")
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        # 64 colours are enough for a plot, and a third of the bytes.
+        Image.open(shot).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(picture, optimize=True)
+    return picture
 
 
 def commands(summary: Summary) -> Iterator[str]:
@@ -143,6 +186,7 @@ def main() -> None:
             print(f"{len(kept)} records, {size / 2**20:.1f} MiB, in {DOCS / 'results'}")
         else:
             print(write(DOCS / "results", DOCS / "results.md"))
+            print(draw(DOCS / "results", DOCS / "images" / "tradeoff.png"))
     except UserError as error:
         print(f"leaderboard: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,6 +1,6 @@
 """The trials of a method's tuning as one CSV file, from the records that `unpaint run +sweep=tune` left.
 
-    python scripts/tuning_table.py outputs > docs/results/tuning.csv
+    python scripts/tuning_table.py outputs > docs/tuning.csv
 
 One line a run. `ua` is that of the edited model; `kept_in_domain` and `kept_cross_domain` are its IRA and CRA over
 those of the unedited one. `options` are those of the method that all its trials do not share.

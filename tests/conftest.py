@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from unpaint.files import WEIGHTS
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
@@ -120,3 +122,24 @@ def tiny_pipe(tiny_pipeline_folder: Path) -> Any:
     pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline_folder, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture(scope="session")
+def small(tiny_pipeline_folder: Path) -> list[str]:
+    """The overrides of a run of seconds: random weights, twelve steps, few pictures. Of an option given twice the last
+    value counts."""
+    return [
+        "model=sd15",
+        f"model.path={tiny_pipeline_folder}",
+        f"evaluator.detector.path={WEIGHTS / 'detector'}",
+        "~metric@evaluator.metrics.clip_score",
+        "concept=cat",
+        "trainer=cpu",
+        "probes=0",
+        "method.steps=12",
+        "method.sampling_steps=4",
+        "method.bank_size=16",
+        "concept.evaluation.target_pictures=16",
+        "concept.evaluation.per_label=2",
+        "evaluator.sampler.steps=2",
+    ]

@@ -280,8 +280,9 @@ def _edit_is_there(this: Run) -> bool:
     except (UserError, OSError, ValueError):
         return False
     if is_rank_zero():
+        assert this.method is not None
         _copy(cached, this.edit_file)
-        for member in this.concept.members if this.cfg.method.mode == "composed" else ():
+        for member in this.concept.members if this.method.mode == "composed" else ():
             if (part := _cached_edit(this, member.name)[0]).exists():
                 _copy(part, this.folder / "edits" / part.name.partition("-")[2])
         shutil.rmtree(this.folder / "checkpoints", ignore_errors=True)

@@ -14,35 +14,12 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger
 
 from unpaint.config import compose
-from unpaint.files import WEIGHTS
 from unpaint.results import RunRecord
 from unpaint.run import run
 from unpaint.training.tracking import Guarded
 
 STEPS = 6
-
-
-@pytest.fixture(scope="module")
-def small(tiny_pipeline_folder: Path) -> list[str]:
-    return [
-        "model=sd15",
-        f"model.path={tiny_pipeline_folder}",
-        f"evaluator.detector.path={WEIGHTS / 'detector'}",
-        "~metric@evaluator.metrics.clip_score",
-        "concept=cat",
-        "trainer=cpu",
-        "probes=0",
-        f"method.steps={STEPS}",
-        "method.sampling_steps=4",
-        "method.bank_size=16",
-        "concept.evaluation.target_pictures=16",
-        "concept.evaluation.per_label=2",
-        "evaluator.sampler.steps=2",
-        "logger=wandb",
-        "logger.mode=offline",
-        "logger.tags=[mine]",
-        "logger.pictures=20",
-    ]
+MIRRORED = [f"method.steps={STEPS}", "logger=wandb", "logger.mode=offline", "logger.tags=[mine]", "logger.pictures=20"]
 
 
 def records(file: Path) -> Iterator[Any]:
@@ -106,7 +83,7 @@ def only_record(outputs: Path) -> RunRecord:
 
 
 def test_a_run_is_mirrored_whole(small: list[str], tmp_path: Path) -> None:
-    done = unpaint("run", *small, f"outputs={tmp_path}")
+    done = unpaint("run", *small, *MIRRORED, f"outputs={tmp_path}")
     assert done.returncode == 0, done.stderr
     (run,), record = told(tmp_path), only_record(tmp_path)
     assert (run.run.run_id, run.run.job_type, run.run.project) == (record.run_id, "run", "unpaint")
@@ -137,7 +114,7 @@ def test_a_run_is_mirrored_whole(small: list[str], tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_runs_of_a_sweep_are_a_group_and_each_its_own(small: list[str], tmp_path: Path) -> None:
-    done = unpaint("run", "-m", *small, "seed=0,1", f"outputs={tmp_path}")
+    done = unpaint("run", "-m", *small, *MIRRORED, "seed=0,1", f"outputs={tmp_path}")
     assert done.returncode == 0, done.stderr
     first, second = told(tmp_path)
     assert first.run.run_id != second.run.run_id
@@ -151,7 +128,7 @@ def test_the_runs_of_a_sweep_are_a_group_and_each_its_own(small: list[str], tmp_
 @pytest.mark.slow
 def test_of_two_ranks_one_speaks(small: list[str], tmp_path: Path) -> None:
     ranks = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
-    done = unpaint("run", *small, *ranks, f"outputs={tmp_path}")
+    done = unpaint("run", *small, *MIRRORED, *ranks, f"outputs={tmp_path}")
     assert done.returncode == 0, done.stderr
     (run,) = told(tmp_path)
     assert run.steps == list(range(STEPS)) and run.exits == [0]
@@ -160,7 +137,7 @@ def test_of_two_ranks_one_speaks(small: list[str], tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_that_fails_is_not_shown_as_finished(small: list[str], tmp_path: Path) -> None:
-    done = unpaint("run", *small, "method.lr=1e30", f"outputs={tmp_path}")
+    done = unpaint("run", *small, *MIRRORED, "method.lr=1e30", f"outputs={tmp_path}")
     assert done.returncode == 2, done.stderr
     assert "NaN" in done.stderr
     (run,) = told(tmp_path)
@@ -170,7 +147,7 @@ def test_a_run_that_fails_is_not_shown_as_finished(small: list[str], tmp_path: P
 
 @pytest.mark.slow
 def test_told_to_stop_and_started_again_it_is_one_run(small: list[str], tmp_path: Path) -> None:
-    options = [*small, "method.steps=200", "checkpoint_seconds=0", f"outputs={tmp_path}"]
+    options = [*small, *MIRRORED, "method.steps=200", "checkpoint_seconds=0", f"outputs={tmp_path}"]
     process = subprocess.Popen([sys.executable, "-m", "unpaint", "run", *options], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300
     while not list(tmp_path.glob("*/*/*/*/checkpoints/last.ckpt")):
@@ -210,7 +187,7 @@ def test_without_wandb_a_run_has_its_record(small: list[str], tmp_path: Path, mo
 
     monkeypatch.setattr(wandb, "init", refuse)
     # A method without steps: what is tested comes before and after it.
-    options = [option for option in small if not option.startswith("method.")]
+    options = [option for option in (*small, *MIRRORED) if not option.startswith("method.")]
     with pytest.warns(UserWarning, match="the server says no"):
         record = run(compose([*options, "method=none", f"outputs={tmp_path}"]))
     assert record.status == "complete" and only_record(tmp_path).metrics == record.metrics

@@ -1,4 +1,4 @@
-"""A SLURM of one node, installed and started for these tests, and the settings of a small run."""
+"""A SLURM of one node, installed and started for these tests."""
 
 import os
 import re
@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
-from unpaint.files import WEIGHTS
 
 SCRIPTS = Path(__file__).parents[2] / "scripts" / "slurm"
 
@@ -76,23 +74,3 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         finally:
             subprocess.run(["scancel", "--user=root"], check=False)
             subprocess.run([script, "stop", folder], check=True)
-
-
-@pytest.fixture(scope="session")
-def small(tiny_pipeline_folder: Path) -> list[str]:
-    """The overrides of a run of seconds: random weights, twelve steps, few pictures."""
-    return [
-        "model=sd15",
-        f"model.path={tiny_pipeline_folder}",
-        f"evaluator.detector.path={WEIGHTS / 'detector'}",
-        "~metric@evaluator.metrics.clip_score",
-        "concept=cat",
-        "trainer=cpu",
-        "probes=0",
-        "method.steps=12",
-        "method.sampling_steps=4",
-        "method.bank_size=16",
-        "concept.evaluation.target_pictures=16",
-        "concept.evaluation.per_label=2",
-        "evaluator.sampler.steps=2",
-    ]

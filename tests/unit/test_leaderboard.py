@@ -2,13 +2,16 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from unpaint.config import check, compose
+from unpaint.errors import UserError
 from unpaint.results import RunRecord
 
 
@@ -64,3 +67,23 @@ def test_it_keeps_records_and_writes_tables_and_commands_between_the_marks(
     command = next(line for line in written.splitlines() if line.startswith("unpaint run"))
     assert command == "unpaint run -m method=esd concept=dog evaluator=quick seed=0,1 method.lr=0.5"
     check(command.split()[3:], multirun=True)
+
+
+def test_without_a_browser_there_is_no_picture_and_it_says_so(
+    leaderboard: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="apt-get install chromium"):
+        leaderboard.draw(tmp_path, tmp_path / "tradeoff.png")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), reason="no Chromium")
+def test_the_picture_shows_the_plot_alone(leaderboard: ModuleType, tmp_path: Path) -> None:
+    for seed, method in enumerate(("esd", "uce")):
+        record(seed, f"method={method}", "concept=dog").save(tmp_path / "results" / str(seed))
+    with Image.open(leaderboard.draw(tmp_path / "results", tmp_path / "tradeoff.png")) as picture:
+        assert picture.size == (2 * leaderboard.WIDTH, 2 * leaderboard.HEIGHT)
+        found = {colour for count, colour in picture.convert("RGB").getcolors() or [] if count > 50}
+    # The paper, and the marks' own colours.
+    assert len(found) > 4 and (255, 255, 255) in found

@@ -174,7 +174,7 @@
     const axis = (title) => ({ title: { text: title, font: { size: 13, color: faint } }, gridcolor: line, zerolinecolor: line, linecolor: line,
       tickfont: { color: faint }, automargin: true });
     return { paper_bgcolor: "transparent", plot_bgcolor: "transparent", font: { family: "system-ui, sans-serif", color: ink, size: 13 },
-      margin: { l: 60, r: 20, t: 14, b: 54 }, modebar: { bgcolor: "transparent", color: line, activecolor: faint }, xaxis: axis(x), yaxis: axis(y), showlegend: legend, hovermode: "closest",
+      margin: { l: 60, r: 20, t: 34, b: 54 }, modebar: { bgcolor: "transparent", color: line, activecolor: faint }, xaxis: axis(x), yaxis: axis(y), showlegend: legend, hovermode: "closest",
       legend: { orientation: "h", y: -0.2, font: { color: ink } },
       hoverlabel: { bgcolor: colour("--raised"), bordercolor: colour("--line-strong"), font: { color: ink, family: "system-ui, sans-serif" }, align: "left" } };
   }
@@ -202,6 +202,75 @@
     return best.sort((p, q) => p[0] - q[0]).map(([, , line]) => line);
   }
 
+  // The range follows the methods. The unedited model has a UA of 0: an axis down to it would squeeze all others to its end, so it
+  // is part of the range only where it lies near.
+  function extent(lines, i, base) {
+    const rate = metrics[i].unit === "rate", bars = lines.length <= 60 ? [0, 1, 2] : [0];
+    const values = lines.flatMap((line) => bars.map((k) => line.cells[i][k]).filter((value) => value !== null)).map((value) => value * scale(i));
+    let [low, high] = values.length ? [Math.min(...values), Math.max(...values)] : [0, scale(i)];
+    const least = rate ? 4 : Math.abs(high) * 0.02 || 1;
+    const own = Math.max(high - low, least), at = base ? base[0] * scale(i) : null;
+    const near = at !== null && at >= low - own / 2 && at <= high + own / 2;
+    if (near) [low, high] = [Math.min(low, at), Math.max(high, at)];
+    const margin = Math.max(high - low, least) * 0.07, middle = (low + high) / 2, half = Math.max(high - low, least) / 2 + margin;
+    return { range: [middle - half, middle + half], near, at };
+  }
+
+  // Few lines that are much worse than all others in a rate, as one that changes nothing is: the axis is not drawn down to them.
+  function apartFrom(lines, i) {
+    if (metrics[i].unit !== "rate") return [];
+    const order = [...lines].sort((a, b) => (metrics[i].up ? 1 : -1) * (a.cells[i][0] - b.cells[i][0]));
+    const most = Math.max(1, Math.floor(lines.length / 4));
+    const cut = order.findIndex((line, k) => k > 0 && k <= most && Math.abs(line.cells[i][0] - order[k - 1].cells[i][0]) > 0.4);
+    return cut > 0 ? order.slice(0, cut) : [];
+  }
+
+  // Where each name stands beside its mark so that it hides as little as possible of marks and of names placed before it.
+  function placed(lines, x, y, across, up, named, taken) {
+    const wide = Math.max(300, get("trade").clientWidth - 90), high = Math.max(200, get("trade").clientHeight - 80), found = new Map();
+    const spot = (line, i, range, size) => ((line.cells[i][0] * scale(i) - range[0]) / (range[1] - range[0])) * size;
+    const marks = lines.map((line) => [metrics[x].up ? spot(line, x, across, wide) : wide - spot(line, x, across, wide), metrics[y].up ? high - spot(line, y, up, high) : spot(line, y, up, high)]);
+    const boxes = marks.map(([a, b]) => [a - 8, b - 8, a + 8, b + 8]);
+    for (const box of taken(wide, high)) boxes.push(box);
+    lines.forEach((line, k) => {  // the intervals
+      const [low, high_] = [1, 2].map((n) => (line.cells[x][n] ?? line.cells[x][0]) * scale(x)), unit = wide / (across[1] - across[0]);
+      if (metrics[x].up) boxes.push([(low - across[0]) * unit, marks[k][1] - 3, (high_ - across[0]) * unit, marks[k][1] + 3]);
+    });
+    const sides = [["top left", -1, -1], ["top right", 1, -1], ["bottom left", -1, 1], ["bottom right", 1, 1], ["middle left", -1, 0], ["middle right", 1, 0], ["top center", 0, -1], ["bottom center", 0, 1]];
+    lines.forEach((line, k) => {
+      const [a, b] = marks[k], width = named(line).length * 6.6 + 6;
+      const tried = sides.map(([side, h, v]) => {
+        const left = h < 0 ? a - 8 - width : h > 0 ? a + 8 : a - width / 2, top = v < 0 ? b - 24 : v > 0 ? b + 8 : b - 8, box = [left, top, left + width, top + 16];
+        const shared = boxes.reduce((sum, [l, t, r, d], other) => sum + (other === k ? 0 : Math.max(0, Math.min(r, box[2]) - Math.max(l, box[0])) * Math.max(0, Math.min(d, box[3]) - Math.max(t, box[1]))), 0);
+        const outside = Math.max(0, -box[0]) + Math.max(0, box[2] - wide) + Math.max(0, -box[1]) + Math.max(0, box[3] - high);
+        return { side, box, cost: shared + 40 * outside };
+      });
+      const best = tried.reduce((least, one) => (one.cost < least.cost ? one : least));
+      found.set(line, best.side); boxes.push(best.box);
+    });
+    return found;
+  }
+
+  // A star where the unedited model lies among the methods; else a line at the one of its two numbers that does, and words for the other.
+  function drawUnedited(base, x, y, across, up, traces, axes, shown) {
+    if (!base[x] || !base[y]) return;
+    const faint = colour("--faint"), text = (i) => `${metrics[i].head} ${base[i][3]}`;
+    if (across.near && up.near) {
+      traces.push({ type: "scatter", mode: "markers+text", x: [across.at], y: [up.at], name: "unedited model", text: ["unedited"], textposition: "bottom right", textfont: { size: 12, color: faint },
+        marker: { symbol: "star-open", size: 15, color: faint, line: { width: 2 } }, customdata: [[null, null, hover({ method: "unedited model", cells: base, seeds: "–" }, shown)]], hovertemplate: "%{customdata[2]}<extra></extra>", showlegend: false });
+      return;
+    }
+    const line = { type: "line", line: { color: faint, width: 1.5, dash: "dash" } }, plain = { showarrow: false, font: { size: 12, color: faint }, bgcolor: colour("--paper"), borderpad: 1 };
+    const far = across.at < across.range[0] === metrics[x].up ? "left" : "right";
+    if (up.near) {
+      axes.shapes = [{ ...line, xref: "paper", x0: 0, x1: 1, y0: up.at, y1: up.at, layer: "below" }];
+      axes.annotations.push({ ...plain, xref: "paper", x: far === "left" ? 0 : 1, xanchor: far, y: up.at, yanchor: "bottom", text: `${far === "left" ? "← " : ""}unedited model: ${text(y)} at ${text(x)}${far === "right" ? " →" : ""}` });
+    } else if (across.near) {
+      axes.shapes = [{ ...line, yref: "paper", y0: 0, y1: 1, x0: across.at, x1: across.at, layer: "below" }];
+      axes.annotations.push({ ...plain, yref: "paper", y: 0, yanchor: "bottom", x: across.at, xanchor: "right", text: `unedited model: ${text(x)}` });
+    } else axes.annotations.push({ ...plain, xref: "paper", yref: "paper", x: 0, xanchor: "left", y: 0, yanchor: "bottom", text: `unedited model, outside: ${text(x)}, ${text(y)}` });
+  }
+
   function drawTrade(view) {
     const x = Number(get("axis-x").value), y = Number(get("axis-y").value), shown = [...new Set([x, y, ...main])];
     const lines = view.lines.filter((line) => line.cells[x] && line.cells[y]);
@@ -209,11 +278,17 @@
     // A mean over fewer concepts answers another question: it is shown, but not on the front.
     const ranked = lines.filter((line) => line.rank !== null);
     const best = view.every ? [] : front(ranked, x, y);
-    if (best.length > 1) traces.push({ type: "scatter", mode: "lines", x: best.map((l) => l.cells[x][0] * scale(x)), y: best.map((l) => l.cells[y][0] * scale(y)),
+    const far = new Set([...apartFrom(lines, x), ...apartFrom(lines, y)]), near = lines.filter((line) => !far.has(line));
+    const across = extent(near, x, view.base[x]), up = extent(near, y, view.base[y]);
+    const steps = (i) => best.map((l) => l.cells[i][0] * scale(i)), worst = (i, range) => (metrics[i].up ? range[0] : range[1]);
+    if (best.length) traces.push({ type: "scatter", mode: "lines", x: [worst(x, across.range), ...steps(x), steps(x).pop()], y: [steps(y)[0], ...steps(y), worst(y, up.range)],
       line: { color: colour("--front"), width: 1.5, dash: "dot", shape: "vh" }, hoverinfo: "skip", name: "Pareto front" });
-    if (view.base[x] && view.base[y]) traces.push({ type: "scatter", mode: "markers", x: [view.base[x][0] * scale(x)], y: [view.base[y][0] * scale(y)], name: "unedited model",
-      marker: { symbol: "star-open", size: 15, color: colour("--faint"), line: { width: 2 } }, text: [hover({ method: "unedited model", cells: view.base, seeds: "–" }, shown)],
-      hovertemplate: "%{text}<extra></extra>" });
+    const named = (line) => escaped(methods.length > 1 && lines.filter((one) => one.method === line.method).length === 1 ? line.method : line.name.slice(0, 30));
+    const words = (wide, high) => {  // of the unedited model's line
+      const at = high * (1 - (up.at - up.range[0]) / (up.range[1] - up.range[0]));
+      return [...(up.near && !across.near && metrics[y].up ? [[0, at - 19, 250, at]] : []), ...(far.size ? [[0, high - 17 * (Math.min(far.size, 2) + 1), 250, high]] : [])];
+    };
+    const places = few ? placed(near, x, y, across.range, up.range, named, words) : new Map();
     const away = (cell, i, k) => (cell[k] === null ? 0 : Math.abs(cell[k] - cell[0]) * scale(i));
     for (const method of methods) {
       const own = lines.filter((line) => line.method === method);
@@ -222,11 +297,20 @@
         color: hue(method), thickness: 1, width: 0, visible: lines.length <= 60 });
       traces.push({ type: kind, mode: few ? "markers+text" : "markers", name: method, x: own.map((l) => l.cells[x][0] * scale(x)), y: own.map((l) => l.cells[y][0] * scale(y)),
         error_x: bars(x), error_y: bars(y), marker: { color: hue(method), symbol: symbol(method), size: 12, opacity: own.map((l) => (l.rank === null ? 0.35 : 1)), line: { color: colour("--paper"), width: 1 } },
-        textposition: "top left", textfont: { size: 12, color: colour("--faint") }, text: few ? own.map((l) => escaped(l.method)) : undefined,
+        textposition: own.map((l) => places.get(l)), textfont: { size: 12, color: colour("--ink") }, text: few ? own.map(named) : undefined,
         customdata: own.map((l) => [l.name, l.concept || "", hover(l, shown)]), hovertemplate: "%{customdata[2]}<extra></extra>" });
     }
     const axes = layout(label(x), label(y), !few && methods.length > 1);
-    for (const [axis, i] of [[axes.xaxis, x], [axes.yaxis, y]]) if (!metrics[i].up) axis.autorange = "reversed";
+    axes.xaxis.range = metrics[x].up ? across.range : [...across.range].reverse();
+    axes.yaxis.range = metrics[y].up ? up.range : [...up.range].reverse();
+    axes.annotations = [];
+    drawUnedited(view.base, x, y, across, up, traces, axes, shown);
+    const rows = (method) => [...far].filter((line) => line.method === method).length;
+    const told = far.size <= 2
+      ? [...far].map((line) => `${named(line)}${view.every ? ` on ${escaped(line.concept)}` : ""}: ${metrics[y].head} ${line.cells[y][3]} at ${metrics[x].head} ${line.cells[x][3]}`)
+      : [methods.filter(rows).map((method) => `${escaped(method)}, ${rows(method)} row${rows(method) > 1 ? "s" : ""}`).join("; ")];
+    if (far.size) axes.annotations.push({ showarrow: false, align: "left", font: { size: 12, color: colour("--faint") }, xref: "paper", yref: "paper", x: 0, xanchor: "left", y: 0, yanchor: "bottom",
+      text: ["outside:", ...told].join("<br>") });
     Plotly.react("trade", traces, axes, settings);
     get("trade").removeAllListeners("plotly_click");
     get("trade").on("plotly_click", (event) => {
