@@ -6,7 +6,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -162,7 +162,7 @@ def _jobs(command: str, rest: list[str]) -> int:
 
     from unpaint.config import HYDRA_VERSION_BASE, ConfTree, check, quoted
     from unpaint.listing import own_folder
-    from unpaint.sweep import Sweep
+    from unpaint.sweep import Sweep, past_dead_jobs
 
     parser = get_args_parser()
     parser.prog = f"unpaint {command}"
@@ -213,7 +213,7 @@ def _jobs(command: str, rest: list[str]) -> int:
 
     hydra_version.setbase(HYDRA_VERSION_BASE)
     try:
-        with _hydra_raises():
+        with _hydra_raises(), past_dead_jobs() if sweep else nullcontext():
             _run_hydra(
                 args=args, args_parser=parser, task_function=job, config_path=str(tree.root), config_name=tree.name
             )

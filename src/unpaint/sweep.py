@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -74,6 +75,37 @@ class Sweep:
         """All jobs that began, in their order."""
         files = (self.folder / "jobs").glob("*.json")
         return sorted((Job(**json.loads(file.read_text(encoding="utf-8"))) for file in files), key=lambda j: j.number)
+
+
+@contextmanager
+def past_dead_jobs() -> Iterator[None]:
+    """Let a sweep on a cluster wait for its other jobs when one dies without an answer: killed, or its node lost.
+
+    Hydra's launcher collects answers by `submitit.Job.results`, whose exception would end the sweep. The ledger
+    has the job as one that never ended.
+    """
+    try:
+        from submitit.core.core import Job as Submitted
+        from submitit.core.utils import FailedJobError, UncompletedJobError
+    except ImportError:
+        yield
+        return
+    from hydra.core.utils import JobReturn, JobStatus
+
+    collect = Submitted.results
+
+    def results(job: "Submitted[Any]") -> list[Any]:
+        try:
+            return collect(job)
+        except (FailedJobError, UncompletedJobError) as error:
+            print(f"unpaint: {str(error).splitlines()[0]}", file=sys.stderr)
+            return [JobReturn(status=JobStatus.COMPLETED)]
+
+    Submitted.results = results  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        Submitted.results = collect  # type: ignore[method-assign]
 
 
 def known(folder: Path) -> bool:

@@ -73,3 +73,25 @@ def test_killed_twice_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     before = {file: file.stat().st_mtime_ns for file in outputs.rglob("*") if file.name != ".lock"}
     finished(outputs)
     assert {file: file.stat().st_mtime_ns for file in before} == before, "a finished run was touched"
+
+
+def test_a_sweep_in_processes_goes_on_past_one_that_is_killed(small: list[str], tmp_path: Path) -> None:
+    options = ["cluster=local", "seed=0,1", "logger=csv", "method.steps=60", f"outputs={tmp_path}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "unpaint", "run", *small, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 300
+    while not (begun := list(tmp_path.glob("*/*/*/*/log/*/metrics.csv"))):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    lock = begun[0].parents[2] / ".lock"
+    os.kill(int(lock.read_text()), signal.SIGKILL)
+    out, errors = process.communicate()
+    assert process.returncode == 1, errors
+    assert "1 of 2 jobs failed" in errors and "Traceback" not in errors
+    assert "interrupted" in out and "complete" in out
+    records = [json.loads(file.read_text())["status"] for file in tmp_path.glob("*/*/*/*/record.json")]
+    assert sorted(records) == ["complete", "interrupted"]
