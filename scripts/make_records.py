@@ -31,14 +31,14 @@ RATES = {
     "attack/unlearn_diff/pre_asr": (24, 0.9, "asked for “{target}”: it is there"),
     "attack/unlearn_diff/asr": (24, 0.97, "asked for “{target}”, attacked: it is there"),
 }
-SETS = ("pets", "three_styles")
 JUDGE = "picturebook-000000000000"
 
 
 def make_records(folder: Path, runs: int = 1000) -> list[Path]:
     """Write the records of `runs` runs, over methods, concepts and seeds, as in `outputs`; returns the folders."""
-    names = [option.name for option in options([conf_dir()], "concept") if option.name not in SETS]
-    concepts = {name: _plain(f"concept={name}", "evaluator=standard", "logger=none") for name in names}
+    names = [option.name for option in options([conf_dir()], "concept")]
+    every = {name: _plain(f"concept={name}", "evaluator=standard", "logger=none") for name in names}
+    concepts = {name: config for name, config in every.items() if "members" not in config["concept"]}
     methods = {name: _plain(f"method={name}")["method"] for name in METHODS}
     seeds = -(-runs // (len(methods) * len(concepts)))
     written: list[Path] = []

@@ -21,7 +21,7 @@ PAIRED = (
     "car_at_night",
     "boat_in_sketch",
 )
-SETS = ("pets", "three_styles")
+SETS = ("five_objects", "pets", "three_styles")
 VOCABULARY = set(re.findall(r"[a-z]+", " ".join(captions.corpus())))
 
 
