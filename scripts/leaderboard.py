@@ -1,6 +1,7 @@
 """The leaderboard: keeps the records of a sweep, small, under docs/results, and makes docs/results.md of what is kept.
 
-    python scripts/leaderboard.py keep outputs     copy the records of every complete run there, without machine paths
+    python scripts/leaderboard.py keep outputs     copy the records of every complete run there, without machine paths;
+                                                   --into FOLDER for runs that are to stand in no leaderboard
     python scripts/leaderboard.py write            docs/results.md and docs/images/tradeoff.png from docs/results
 
 The picture is a photograph of the page's own plot, and takes a Chromium: apt-get install chromium.
@@ -176,14 +177,16 @@ def _changed(run: Run, default: dict[str, Any]) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands_ = parser.add_subparsers(dest="command", required=True)
-    commands_.add_parser("keep").add_argument("outputs", type=Path)
+    keeping = commands_.add_parser("keep")
+    keeping.add_argument("outputs", type=Path)
+    keeping.add_argument("--into", type=Path, default=DOCS / "results")
     commands_.add_parser("write")
     args = parser.parse_args()
     try:
         if args.command == "keep":
-            kept = keep(args.outputs, DOCS / "results")
+            kept = keep(args.outputs, args.into)
             size = sum(path.stat().st_size for path in kept)
-            print(f"{len(kept)} records, {size / 2**20:.1f} MiB, in {DOCS / 'results'}")
+            print(f"{len(kept)} records, {size / 2**20:.1f} MiB, in {args.into}")
         else:
             print(write(DOCS / "results", DOCS / "results.md"))
             print(draw(DOCS / "results", DOCS / "images" / "tradeoff.png"))

@@ -136,7 +136,9 @@ def paint_part(cfg: DictConfig) -> None:
 def _prepared(cfg: DictConfig) -> Run:
     concept: AnyConcept = instantiate(cfg.concept, cfg.plugins)
     method: Method = instantiate(cfg.method, cfg.plugins)
-    method.check(concept)
+    # One by one a method meets the members, and never the set.
+    for one in (concept,) if method.mode == "joint" else concept.members:
+        method.check(one)
     if cfg.model.dtype != "float32" and "mixed" not in str(cfg.trainer.precision):
         raise UserError(
             f"model.dtype={cfg.model.dtype}: what is trained stays in float32, which takes "

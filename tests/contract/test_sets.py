@@ -53,6 +53,30 @@ def test_a_composed_edit_does_what_its_parts_do_together_to_the_bit(tiny_pipelin
     assert any(not weight.equal(added.group("all")[key]) for key, weight in whole.group("all").items())
 
 
+def test_any_subset_of_a_set_is_erased_or_restored_to_the_bit(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    options = ("method.variant=direct", "method.pictures=2", "method.stop_after=1000")
+    file = made("sepme", "composed", tiny_pipeline_folder, tmp_path, *options)
+    parts = [Edit.load(part) for part in sorted((file.parent / "edits").glob("*.safetensors"))]
+    assert len(parts) == 4
+    model = load_model({"name": "tiny", "path": str(tiny_pipeline_folder)})
+    base = {key: weight.detach().clone() for key, weight in model.group("all").items()}
+    for number in range(16):
+        chosen = [part for i, part in enumerate(parts) if number >> i & 1]
+        moved = {key: torch.zeros_like(weight) for key, weight in base.items()}
+        for part in sorted(chosen, key=lambda part: part.id):
+            for key, move in part.delta.items():
+                moved[key] += move
+        for part in parts:
+            part.apply(model.pipe)
+        for part in parts:
+            if part not in chosen:
+                part.remove(model.pipe)
+        assert all(weight.equal(base[key] + moved[key]) for key, weight in model.group("all").items()), number
+        for part in chosen:
+            part.remove(model.pipe)
+        assert all(weight.equal(base[key]) for key, weight in model.group("all").items())
+
+
 def test_a_sequence_goes_on_from_what_came_before(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
     file = made("esd", "sequential", tiny_pipeline_folder, tmp_path)
     stages = {
