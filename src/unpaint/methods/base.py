@@ -79,8 +79,8 @@ class Method(Protocol):
     own: nn.Module | None
 
     def check(self, concept: AnyConcept) -> None:
-        """Raises UserError for a concept that the method cannot handle, before anything is loaded: the one to be erased,
-        or of a set that is erased in parts each member."""
+        """Raises UserError for a concept that the method cannot handle, before anything is loaded: that of the run, or
+        each member of a set that is erased in parts."""
 
     def begin(self, job: Job) -> None:
         """Remembers the job and makes or loads what all steps share. Rank 0 goes first, the others find its cache."""
