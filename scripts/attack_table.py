@@ -95,7 +95,7 @@ def tables(folders: Sequence[Path], lines_of: Any) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of the runs: outputs")
     parser.add_argument("--each", action="store_true", help="a line for each method and attack")
     given = parser.parse_args()
     try:
