@@ -219,9 +219,9 @@ def test_the_subset_matrix_is_what_each_subset_paints(model: TextToImage) -> Non
     gone = [1 - table[names][name][0] for names in some for name in names]
     kept = [(table[names][name][0], table[()][name][0]) for names in some for name in edits if name not in names]
     assert found["gone"]["value"] == pytest.approx(sum(gone) / len(gone))
-    assert found["gone"]["n"] == 6 * len(gone)
+    assert found["gone"]["n"] == 6 * len(edits)
     assert found["kept"]["value"] == pytest.approx(sum(share for share, _ in kept) / len(kept))
     assert found["kept"]["base"] == pytest.approx(sum(base for _, base in kept) / len(kept))
-    assert found["kept"]["n"] == 6 * len(kept)
+    assert found["kept"]["n"] == 6 * len(edits)
     with pytest.raises(UserError, match="two or more members"):
         subsets(model, {"cat": edits["cat"]}, {"cat": concepts["cat"]}, judge, 0)

@@ -19,7 +19,7 @@ from unpaint.concepts import TARGET, AnyConcept, Case
 from unpaint.edit import Edit
 from unpaint.errors import UserError
 from unpaint.evaluation.detectors import shows
-from unpaint.evaluation.stats import rate_summary, wilson
+from unpaint.evaluation.stats import mean_summary, wilson
 
 if TYPE_CHECKING:
     from unpaint.evaluation.suite import Evaluator
@@ -180,9 +180,10 @@ def subsets(
 
     Returns rows (applied: names; shown: member -> [share, low, high], Wilson), value and base (mean over members of the
     share when all edits but the member's are applied, and when none is: what is restored), erased (the mean when all
-    are applied), n (pictures a member and subset), higher_is_better, unit, title, detector. Pooled over members and
-    subsets, as `stats.rate_summary`, beside the unedited model's answers to the same prompts and seeds: `gone` (not
-    shown, of what is erased) and `kept` (shown, of what is not, the unedited model left out).
+    are applied), n (pictures a member and subset), higher_is_better, unit, title, detector. Pooled, as
+    `stats.mean_summary`, beside the unedited model's answers to the same prompts and seeds: `gone` (not shown, of what
+    is erased) and `kept` (shown, of what is not, the unedited model left out). Their n is members times pictures, each
+    the mean over the subsets in question: answers to one prompt from one seed are no independent trials.
     Raises UserError if there are less than two members, or edits and concepts have other names.
     """
     names = sorted(edits)
@@ -205,10 +206,10 @@ def subsets(
         return float(np.mean([shown[of(name)][name].mean() for name in names]))
 
     def pooled(answers: Callable[[NDArray[np.bool_]], NDArray[np.bool_]], applied: bool) -> dict[str, float | int]:
-        of = [(subset, name) for subset in chosen if subset for name in names if (name in subset) == applied]
-        ours = np.concatenate([answers(shown[subset][name]) for subset, name in of])
-        base = np.concatenate([answers(shown[frozenset[str]()][name]) for _, name in of])
-        return rate_summary(ours.astype(np.float64), base.astype(np.float64))
+        of = {name: [subset for subset in chosen if subset and (name in subset) == applied] for name in names}
+        ours = [np.mean([answers(shown[subset][name]) for subset in of[name]], axis=0) for name in names]
+        base = [answers(shown[frozenset[str]()][name]).astype(np.float64) for name in names]
+        return mean_summary(np.concatenate(ours), np.concatenate(base))
 
     return {
         "value": mean(lambda name: whole - {name}),
