@@ -99,7 +99,7 @@ class TextToImage:
             self._texts.move_to_end(prompt)
             return self._texts[prompt]
         tokenizer, encoder = self.pipe.tokenizer, self.pipe.text_encoder
-        length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+        length = prompt_length(tokenizer, encoder.config)
         tokens = tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         if not self._warned_of_truncation and len(tokenizer(prompt, verbose=False).input_ids) > length:
             self._warned_of_truncation = True
@@ -186,6 +186,11 @@ class TextToImage:
     def base_weights(self, group: str) -> dict[str, Tensor]:
         """Detached copies of a group's tensors as they are now, keyed like `group()`."""
         return {key: p.detach().clone() for key, p in self.group(group).items()}
+
+
+def prompt_length(tokenizer: Any, text_encoder_config: Any) -> int:
+    """How many tokens a prompt takes, with both ends."""
+    return int(min(tokenizer.model_max_length, text_encoder_config.max_position_embeddings))
 
 
 def _in_group(key: str, group: str) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from unpaint.concepts import CELLS, AnyConcept, Case, Concept, ConceptSet
-from unpaint.config import check, compose, instantiate
+from unpaint.config import check, compose, conf_dir, instantiate
 from unpaint.errors import UserError
 from unpaint.picturebook import captions
 from unpaint.picturebook.world import OBJECTS, STYLES
@@ -21,7 +21,7 @@ PAIRED = (
     "car_at_night",
     "boat_in_sketch",
 )
-SETS = ("five_objects", "pets", "three_styles")
+SETS = sorted(file.stem for file in (conf_dir() / "concept").glob("*.yaml") if "ConceptSet" in file.read_text())
 VOCABULARY = set(re.findall(r"[a-z]+", " ".join(captions.corpus())))
 
 

@@ -123,7 +123,7 @@ class Evaluator:
         from transformers import CLIPTextConfig, CLIPTokenizer
 
         from unpaint.evaluation.attacks.engine import check
-        from unpaint.evaluation.attacks.words import length_of
+        from unpaint.model import prompt_length
 
         try:
             tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", local_files_only=True)
@@ -131,7 +131,7 @@ class Evaluator:
         except (OSError, ValueError):
             return  # loading the model says what is wrong
         for attack in self.attacks:
-            check(attack, self, concept, seed, tokenizer, length_of(tokenizer, config))
+            check(attack, self, concept, seed, tokenizer, prompt_length(tokenizer, config))
 
     def plan(self, concept: AnyConcept, seed: int) -> list[Batch]:
         """The batches to paint, a pure function of concept, seed, sampler and file of prompts.

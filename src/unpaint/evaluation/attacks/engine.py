@@ -24,18 +24,17 @@ import unpaint
 from unpaint.concepts import IN_SET, STATIC, TARGET, AnyConcept, Case, Concept
 from unpaint.errors import UserError
 from unpaint.evaluation.attacks import Attack, Particular, Scene, Terms, digest, digest_of, pictures_of
-from unpaint.evaluation.attacks.words import length_of
 from unpaint.evaluation.metrics.rates import shown
 from unpaint.evaluation.pictures import PictureStore, batches_of, picture_key
 from unpaint.evaluation.prompt_lists import cases_of, prompts_from_csv
 from unpaint.evaluation.stats import rate_summary, wilson
+from unpaint.model import TextToImage, prompt_length
 from unpaint.results import write_json
 from unpaint.sampling import Sampler, paint, seed_of
 
 if TYPE_CHECKING:
     from unpaint.edit import Edit
     from unpaint.evaluation.suite import Evaluator
-    from unpaint.model import TextToImage
 
 # Name in the record -> title and attacks, of which one is enough to break a prompt.
 UNIONS = {"p4d_union": ("P4D-N or P4D-K", ("p4d_n", "p4d_k"))}
@@ -170,7 +169,7 @@ class Campaign:
     def run(self, attack: Attack, rank: int = 0, world: int = 1, progress: Callable[[int], None] | None = None) -> None:
         """This rank's share of an attack. `progress` is called with rows x tries, done or no more needed."""
         tokenizer, encoder = self.model.pipe.tokenizer, self.model.pipe.text_encoder
-        check(attack, self.evaluator, self.concept, self.seed, tokenizer, length_of(tokenizer, encoder.config))
+        check(attack, self.evaluator, self.concept, self.seed, tokenizer, prompt_length(tokenizer, encoder.config))
         mine = self._mine(attack, rank, world)
         for edited in (True, False):
             with self._attacked(edited):

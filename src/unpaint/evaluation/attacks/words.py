@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unpaint.errors import UserError, nearest
 from unpaint.evaluation.attacks import Scene, Terms, Try, digest_of
-from unpaint.model import TextToImage
+from unpaint.model import TextToImage, prompt_length
 from unpaint.results import write_json
 
 AT_ONCE = 256
@@ -32,7 +32,7 @@ class Words:
     def __init__(self, model: TextToImage) -> None:
         self.model = model
         self.tokenizer, self.encoder = model.pipe.tokenizer, model.pipe.text_encoder
-        self.length = length_of(self.tokenizer, self.encoder.config)
+        self.length = prompt_length(self.tokenizer, self.encoder.config)
         self.usable = torch.tensor(usable_ids(self.tokenizer), device=model.device)
         self.table: Tensor = self.encoder.get_input_embeddings().weight[self.usable].detach().float()
 
@@ -71,11 +71,6 @@ class Words:
     def embeddings(self, ids: Tensor, soft: Tensor | None = None, where: Tensor | None = None) -> Tensor:
         """Text embeddings (B, L, D), as `TextToImage.encode` has them of a prompt; arguments as in `encoded`."""
         return self.encoded(ids, soft, where)[0].to(self.model.dtype)
-
-
-def length_of(tokenizer: Any, encoder_config: Any) -> int:
-    """Tokens of a prompt, with both ends."""
-    return int(min(tokenizer.model_max_length, encoder_config.max_position_embeddings))
 
 
 def check_room(name: str, k: int, terms: Terms) -> None:
