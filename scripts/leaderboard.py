@@ -28,7 +28,7 @@ from unpaint.config import compose
 from unpaint.errors import UserError
 from unpaint.listing import conf_dir, options
 from unpaint.report.aggregate import Summary, summarized
-from unpaint.report.gather import Run, flat, gather
+from unpaint.report.gather import Gathered, Run, flat, gather
 from unpaint.report.page import write_page
 from unpaint.report.tables import NOTES, apart, markdown, order_in_words
 from unpaint.report.wall import Wall
@@ -97,12 +97,12 @@ ALONE = """
 
 def draw(results: Path, picture: Path) -> Path:
     """Photograph the trade-off plot of the page that `unpaint compare` writes of `results`, twice as large as it is
-    shown. Raises UserError without a Chromium."""
+    shown: the means of what was run on all concepts. Raises UserError without a Chromium."""
     browser = next((found for name in CHROMIUMS if (found := shutil.which(name))), None)
     if browser is None:
         raise UserError(f"{picture} is drawn by a browser, and there is none: apt-get install chromium")
     with tempfile.TemporaryDirectory() as folder:
-        page = write_page(summarized(gather(results)), Wall(), Path(folder) / "page.html")
+        page = write_page(summarized(_on_all_concepts(gather(results))), Wall(), Path(folder) / "page.html")
         html = page.read_text(encoding="utf-8").replace("</head>", ALONE % HEIGHT + "</head>", 1)
         page.write_text(html, encoding="utf-8")
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=8000"]
@@ -116,6 +116,13 @@ def draw(results: Path, picture: Path) -> Path:
         # 64 colours are enough for a plot, and a third of the bytes.
         Image.open(shot).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(picture, optimize=True)
     return picture
+
+
+def _on_all_concepts(gathered: Gathered) -> Gathered:
+    """Without the rows whose mean is one over fewer concepts than there are."""
+    concepts = {row.concept for row in gathered.rows}
+    of = {row.name: {one.concept for one in gathered.rows if one.name == row.name} for row in gathered.rows}
+    return dataclasses.replace(gathered, rows=[row for row in gathered.rows if of[row.name] == concepts])
 
 
 def commands(summary: Summary) -> Iterator[str]:
