@@ -212,10 +212,13 @@ class Brought:
 
 
 @pytest.fixture
-def at_desk(desk: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def at_desk(desk: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(desk)
     monkeypatch.syspath_prepend(desk)
-    return desk
+    yield desk
+    # Other tests have packages of the same names.
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("my_methods", "my_package")]:
+        del sys.modules[name]
 
 
 def filled_in(text: str, edit: str = "edit.safetensors") -> list[str]:

@@ -1,4 +1,4 @@
-"""Two gloo ranks against one: first gradients, the edit after five steps, pictures and detections."""
+"""Two gloo ranks against one: first gradients, the edit after five steps, pictures, detections and FID."""
 
 import json
 import subprocess
@@ -99,8 +99,9 @@ def run(outputs: Path, *options: str) -> dict[str, Any]:
 def test_pictures_and_detections(tmp_path: Path) -> None:
     run(tmp_path / "erase", "run", *SMALL, "trainer=cpu")
     (edit,) = (tmp_path / "erase").glob("*/*/*/*/edit.safetensors")
-    one = run(tmp_path / "one", "evaluate", f"edit={edit}", *SMALL, "trainer=cpu")
-    two = run(tmp_path / "two", "evaluate", f"edit={edit}", *SMALL, *TWO)
+    options = [f"edit={edit}", *SMALL, "+metric@evaluator.metrics.fid=fid"]
+    one = run(tmp_path / "one", "evaluate", *options, "trainer=cpu")
+    two = run(tmp_path / "two", "evaluate", *options, *TWO)
     assert one["cost"]["world_size"] == 1 and two["cost"]["world_size"] == 2
     files = sorted(file.relative_to(tmp_path / "one") for file in (tmp_path / "one/.cache").rglob("*.safetensors"))
     assert any("pictures" in file.parts for file in files) and any("readings" in file.parts for file in files)

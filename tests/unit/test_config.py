@@ -127,18 +127,18 @@ def test_only_allowed_classes_are_made(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(UserError, match="cannot be imported"):
         instantiate({"_target_": "unpaint.no_such_module.Thing"})
 
-    (tmp_path / "my_methods.py").write_text(
+    (tmp_path / "made_here.py").write_text(
         "class Mine:\n    def __init__(self, lr, names):\n        self.lr, self.names = lr, names\n"
         "class Broken:\n    def __init__(self):\n        raise TypeError('an argument of the bug')\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    made = instantiate(OmegaConf.create({"_target_": "my_methods.Mine", "lr": 1, "names": ["a"]}), ["my_methods"])
+    made = instantiate(OmegaConf.create({"_target_": "made_here.Mine", "lr": 1, "names": ["a"]}), ["made_here"])
     assert made.lr == 1
     assert type(made.names) is list
     with pytest.raises(UserError, match="unexpected keyword argument 'rate'"):
-        instantiate({"_target_": "my_methods.Mine", "rate": 1}, ["my_methods"])
+        instantiate({"_target_": "made_here.Mine", "rate": 1}, ["made_here"])
     with pytest.raises(Exception, match="an argument of the bug") as caught:
-        instantiate({"_target_": "my_methods.Broken"}, ["my_methods"])
+        instantiate({"_target_": "made_here.Broken"}, ["made_here"])
     assert not isinstance(caught.value, UserError)
 
 

@@ -34,7 +34,11 @@ def fid(ours: Parts, reference: Parts) -> Floats:
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    groups = [FrechetInceptionDistance(feature=_AsTheyAre(_width(ours))) for _ in range(GROUPS)]
+    def empty() -> FrechetInceptionDistance:
+        # Every rank has all the rows: adding them up over ranks would count each one so many times.
+        return FrechetInceptionDistance(feature=_AsTheyAre(_width(ours)), sync_on_compute=False)
+
+    groups = [empty() for _ in range(GROUPS)]
     for parts, real in ((ours, False), (reference, True)):
         for k, rows in _dealt(parts, GROUPS):
             groups[k].update(rows, real=real)

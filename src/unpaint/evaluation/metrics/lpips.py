@@ -40,7 +40,9 @@ class Lpips:
         if self._network is None:
             from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-            self._network = LearnedPerceptualImagePatchSimilarity(self.net, reduction="none", normalize=True)
+            # Each rank asks for its own pictures.
+            options = {"reduction": "none", "normalize": True, "sync_on_compute": False}
+            self._network = LearnedPerceptualImagePatchSimilarity(self.net, **options)
         network = self._network.to(pictures.device)
         network.reset()
         with torch.inference_mode():
