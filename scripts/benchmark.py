@@ -247,7 +247,9 @@ def ranks(rounds: int = 3, *more: str) -> dict[str, object]:
         "one process, seconds": seconds[1],
         "two processes, seconds": seconds[2],
         "one / two": round(median[1] / median[2], 2),
-        "all metrics the same": metrics[1] == metrics[2],
+        "metrics that differ": {
+            name: [metrics[1][name], value] for name, value in metrics[2].items() if value != metrics[1][name]
+        },
         "FID": [metrics[world]["fidelity/fid"] for world in (1, 2)],
     }
 

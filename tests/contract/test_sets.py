@@ -1,16 +1,18 @@
 """A concept set, erased jointly, in sequence and as an edit a member."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from unpaint.aligners.clip import ClipAligner
 from unpaint.concepts import AnyConcept
-from unpaint.config import compose, conf_dir
+from unpaint.config import compose, conf_dir, instantiate
 from unpaint.edit import Edit
 from unpaint.errors import UserError
-from unpaint.methods.base import MODES, checked_mode
+from unpaint.methods.base import MODES, checked_mode, erasing_prompts
 from unpaint.model import load_model
 from unpaint.run import erase
 
@@ -113,6 +115,55 @@ def test_killed_between_members_it_goes_on_to_the_same_edit(
     most = 4
     assert made("esd", "composed", tiny_pipeline_folder, tmp_path / "killed").read_bytes() == whole
     assert done == ["cat", "dog", "bird", "fish"], "members that were finished were made again"
+
+
+def test_what_is_painted_after_an_edit_is_not_taken_for_the_unedited_models(
+    tiny_pipeline_folder: Path, tmp_path: Path
+) -> None:
+    few = ("method.forget_size=2", "method.retain_size=2")
+    made("salun", "sequential", tiny_pipeline_folder, tmp_path / "after", *few)
+    after, alone = (
+        made("salun", "joint", tiny_pipeline_folder, tmp_path / name, *few, "concept=dog")
+        for name in ("after", "alone")
+    )
+    assert after.read_bytes() == alone.read_bytes()
+
+
+def test_the_bare_words_of_a_set_are_those_of_every_member() -> None:
+    pets, cat = (instantiate(compose([f"concept={name}"]).concept) for name in ("pets", "cat"))
+    assert [entry.prompt for entry in erasing_prompts(pets, "concept")] == ["a cat", "a dog", "a bird", "a fish"]
+    assert [entry.prompt for entry in erasing_prompts(cat, "concept")] == ["a cat"]
+    assert erasing_prompts(pets, "all") == pets.erasing(further=True)
+
+
+def test_trust_asks_of_a_picture_what_its_own_member_is(
+    tiny_pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = ClipAligner.__call__
+    asked: list[str] = []
+
+    def heard(self: ClipAligner, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        asked.extend(prompts)
+        return real(self, images, prompts)
+
+    monkeypatch.setattr(ClipAligner, "__call__", heard)
+    with pytest.warns(UserWarning, match="the aligner knows pictures of model 'picturebook'"):
+        made("trust", "joint", tiny_pipeline_folder, tmp_path, "method.retain_size=2", "method.first_estimates=6")
+    assert len(set(asked)) > 1 and set(asked) <= {"a cat", "a dog", "a bird", "a fish"}
+
+
+@pytest.mark.parametrize(
+    ("method", "mode", "option"),
+    [
+        ("trust", "sequential", "method.objective=zero"),
+        ("concept_prune", "composed", "method.fill=mean"),
+        ("sepme", "joint", "method.lr=1"),
+        ("esd", "composed", "method.erase_from=a cat"),
+    ],
+)
+def test_what_would_not_add_up_is_refused(method: str, mode: str, option: str) -> None:
+    with pytest.raises(UserError, match=f"method.mode is .*, {mode} is not"):
+        instantiate(compose([f"method={method}", f"method.mode={mode}", option]).method)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -58,7 +58,7 @@ def test_an_unknown_filter_is_refused() -> None:
 
 
 def test_no_clip_folder(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not a CLIP folder"):
+    with pytest.raises(UserError, match="not a transformers model"):
         ClipAligner(str(tmp_path))
 
 

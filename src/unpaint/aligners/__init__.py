@@ -10,7 +10,8 @@ from torch import Tensor
 
 
 class Aligner(Protocol):
-    """Any callable of this shape is one; its network is loaded at the first call."""
+    """Any callable of this shape is one; its network is loaded at the first call. If it has `only_for`, that is the one
+    model whose pictures it knows, None for any."""
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores (n,), float32, higher is better, of images (n, 3, H, W) between 0 and 1 for n prompts, on the

@@ -1,8 +1,6 @@
 """CLIP as an aligner: the cosine of picture and prompt (Radford et al. 2021, arXiv 2103.00020)."""
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,59 +8,42 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unpaint.errors import UserError
-from unpaint.evaluation.pictures import quiet
-from unpaint.files import WEIGHTS
+from unpaint.evaluation.metrics.clip_score import BUILT_IN
+from unpaint.evaluation.pretrained import Clip, Source
 
-BUILT_IN = WEIGHTS / "clip"
 # PIL's numbers for the filters that a preprocessor may name.
 _FILTERS = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}
 
 
 class ClipAligner:
-    """Cosine in the space of a transformers CLIPModel folder (weights, tokenizer, preprocessor_config.json).
+    """Cosine in the space of a transformers CLIPModel, loaded at the first call.
 
-    path: the folder, None for Picturebook's. Raises UserError when the folder does not hold one.
+    path: its folder or hub id, None for Picturebook's. Raises UserError when it is neither.
     """
 
     def __init__(self, path: str | None = None) -> None:
-        self.folder = Path(path).expanduser() if path else BUILT_IN
-        self._parts: tuple[Any, Any, dict[str, Any]] | None = None
-        if not (self.folder / "config.json").is_file():
-            raise UserError(f"'{self.folder}' is not a CLIP folder (no config.json)")
+        self.only_for = None if path else "picturebook"
+        self.clip = Clip(Source(path or BUILT_IN))
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Cosines (n,) of images (n, 3, H, W) between 0 and 1 and n prompts."""
-        if self._parts is None:
-            with torch.inference_mode(False):
-                self._parts = self._load()
-        model, tokenizer, preprocessing = self._parts
+        with torch.inference_mode(False):
+            model, tokenizer, processor = self.clip.parts
         model.to(images.device)
         length = model.config.text_config.max_position_embeddings
         tokens = tokenizer(
             list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         ).to(images.device)
-        pixels = preprocessed(images.float(), preprocessing)
+        pixels = preprocessed(images.float(), processor.to_dict())
         seen = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
         with torch.no_grad():
             text = model.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
             meant = model.text_projection(text.pooler_output)
         return F.cosine_similarity(seen.float(), meant.float(), dim=-1)
 
-    def _load(self) -> tuple[Any, Any, dict[str, Any]]:
-        import transformers
-
-        try:
-            preprocessing = json.loads((self.folder / "preprocessor_config.json").read_text(encoding="utf-8"))
-            with quiet():
-                model = transformers.CLIPModel.from_pretrained(self.folder, local_files_only=True, dtype=torch.float32)
-                tokenizer = transformers.CLIPTokenizer.from_pretrained(self.folder, local_files_only=True)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"the CLIP in '{self.folder}' does not load: {str(error).splitlines()[0]}") from error
-        return model.eval().requires_grad_(False), tokenizer, preprocessing
-
 
 def preprocessed(images: Tensor, config: Mapping[str, Any]) -> Tensor:
-    """What a CLIPImageProcessor of this preprocessor_config.json makes of images (n, 3, H, W) between 0 and 1,
+    """What a CLIPImageProcessor of these options makes of images (n, 3, H, W) between 0 and 1,
     differentiable: nothing is rounded to whole grey values on the way.
 
     Raises UserError on a filter other than nearest, bilinear or bicubic.

@@ -19,6 +19,7 @@ class DetectorAligner:
 
     def __init__(self, labels: Sequence[str], path: str | None = None) -> None:
         self.detector = PicturebookDetector(path)
+        self.only_for = self.detector.only_for
         self.labels = list(labels)
         known = self.detector.labels
         for label in self.labels:

@@ -94,7 +94,8 @@ class Clip:
         self.source = source
 
     @cached_property
-    def _parts(self) -> tuple[Any, Any, Any]:
+    def parts(self) -> tuple[Any, Any, Any]:
+        """CLIPModel, tokenizer, image processor."""
         import transformers
 
         load = self.source.load
@@ -107,7 +108,7 @@ class Clip:
     @torch.inference_mode()
     def see(self, pictures: Tensor) -> Tensor:
         """Embeddings (n, d), float32, unit length, of pictures uint8 (n, 3, H, W), on the pictures' device."""
-        model, _, processor = self._parts
+        model, _, processor = self.parts
         model.to(pictures.device)
         pixels = processor(images=to_arrays(pictures), return_tensors="pt", input_data_format="channels_last")
         seen = model.get_image_features(pixel_values=pixels.pixel_values.to(pictures.device))
@@ -116,7 +117,7 @@ class Clip:
     @torch.inference_mode()
     def read(self, texts: Sequence[str], device: torch.device) -> Tensor:
         """Embeddings (n, d), float32, unit length, of n texts, on the device; a long text loses its end."""
-        model, tokenizer, _ = self._parts
+        model, tokenizer, _ = self.parts
         model.to(device)
         tokens = tokenizer(
             list(texts),
@@ -131,7 +132,7 @@ class Clip:
     @property
     def scale(self) -> float:
         """What cosines are multiplied by before a softmax."""
-        return float(self._parts[0].logit_scale.exp())
+        return float(self.parts[0].logit_scale.exp())
 
 
 def _features(output: Any) -> Tensor:

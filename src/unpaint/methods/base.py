@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from unpaint.concepts import AnyConcept, Concept
+from unpaint.concepts import AnyConcept, Concept, Erasing
 from unpaint.edit import Edit
 from unpaint.errors import UserError, nearest
 from unpaint.model import TextToImage
@@ -27,6 +27,11 @@ def checked_mode(name: str, mode: str, can: Sequence[str] = MODES) -> str:
         other = f", {mode} is not" if mode in MODES else f", not '{mode}'{nearest(mode, can)}"
         raise UserError(f"method={name}: method.mode is {' or '.join(can)}{other}")
     return mode
+
+
+def erasing_prompts(concept: AnyConcept, asked: str) -> list[Erasing]:
+    """What a method erases with. `all`: every erasing prompt; `concept`: the bare words, in a set each member's."""
+    return [entry for entry in concept.erasing(further=True) if asked == "all" or entry.prompt == entry.bare]
 
 
 @dataclass(frozen=True)

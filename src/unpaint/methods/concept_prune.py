@@ -97,7 +97,8 @@ class ConceptPrune:
         if steps < 1 or batch_size < 1:
             raise UserError("method.steps and method.batch_size must be at least 1")
         self.name = name
-        self.mode = checked_mode(name, mode, ("joint", "composed"))
+        # Zeroed positions of several members are put together; what is filled in instead would be added up.
+        self.mode = checked_mode(name, mode, ("joint", "composed") if fill == "zero" else ("joint",))
         self.group = layers
         self.ratio = ratio
         self.tau = tau

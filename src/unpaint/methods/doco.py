@@ -127,8 +127,9 @@ class DoCo:
         self.batch_size = batch_size
 
     def check(self, concept: AnyConcept) -> None:
-        if concept.kind != "individual":
-            raise UserError(f"method={self.name} erases individual concepts; '{concept.name}' is a {concept.kind}")
+        for member in concept.members:
+            if member.kind != "individual":
+                raise UserError(f"method={self.name} erases individual concepts; '{member.name}' is a {member.kind}")
         if self.prior_prompts == "retain" and not concept.retained:
             raise UserError(
                 f"concept '{concept.name}' names nothing that must stay (evaluation.in_domain); "

@@ -15,7 +15,7 @@ from torch.optim import Adam, Optimizer
 from unpaint.concepts import AnyConcept
 from unpaint.edit import Edit
 from unpaint.errors import UserError, nearest
-from unpaint.methods.base import Job, checked_mode
+from unpaint.methods.base import MODES, Job, checked_mode, erasing_prompts
 from unpaint.sampling import Bank, Sampler, Underway, denoise_to, seed_of
 
 GROUPS = {
@@ -90,7 +90,8 @@ class ESD:
                 f"method.latents=student moves {batch_size} of method.bank_size={bank_size} a step: too few"
             )
         self.name = name
-        self.mode = checked_mode(name, mode)
+        # One by one every member would be trained on that one prompt.
+        self.mode = checked_mode(name, mode, ("joint",) if erase_from else MODES)
         self.group = GROUPS[variant]
         self.asked = prompts
         self.erase_from = erase_from
@@ -112,15 +113,11 @@ class ESD:
         self.job = job
         if self.batch_size % (job.mine.step or 1):
             raise UserError(f"method.batch_size={self.batch_size} does not divide over {job.mine.step} processes")
-        every = {entry.prompt: entry.bare for entry in job.concept.erasing(further=True)}
-        bare = list(dict.fromkeys(every.values()))
-        if self.erase_from:
-            every = {self.erase_from: bare[0]}
-        elif self.asked == "concept":
-            every = dict(zip(bare, bare, strict=True))
         # Prompt -> the bare prompt of the concept that it asks for: in a set, of its member.
-        self.bare = every
-        self.prompts = list(every)
+        self.bare = {entry.prompt: entry.bare for entry in erasing_prompts(job.concept, self.asked)}
+        if self.erase_from:
+            self.bare = {self.erase_from: next(iter(self.bare.values()))}
+        self.prompts = list(self.bare)
         random.Random(job.seed).shuffle(self.prompts)
         self.adam = Adam(job.weights.values(), lr=self.lr)
         if self.latents == "student":

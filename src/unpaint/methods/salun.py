@@ -15,7 +15,7 @@ from torch.optim import Adam, Optimizer
 from unpaint.concepts import AnyConcept
 from unpaint.edit import Edit
 from unpaint.errors import UserError, nearest
-from unpaint.methods.base import Job, checked_mode
+from unpaint.methods.base import Job, checked_mode, erasing_prompts
 from unpaint.model import GROUPS
 from unpaint.sampling import Noised, Paintings, Sampler
 
@@ -105,12 +105,11 @@ class SalUn:
         self.job = job
         if self.batch_size % (job.mine.step or 1):
             raise UserError(f"method.batch_size={self.batch_size} does not divide over {job.mine.step} processes")
-        pairs = list(zip(job.concept.prompts(further=True), job.concept.anchor_prompts(further=True), strict=True))
-        pairs = pairs if self.asked == "all" else pairs[:1]
+        entries = erasing_prompts(job.concept, self.asked)
         retained = job.concept.retain_prompts()
-        random.Random(job.seed).shuffle(pairs)
+        random.Random(job.seed).shuffle(entries)
         random.Random(job.seed).shuffle(retained)
-        self.prompts, self.anchors = [prompt for prompt, _ in pairs], [anchor for _, anchor in pairs]
+        self.prompts, self.anchors = [entry.prompt for entry in entries], [entry.anchor for entry in entries]
         self.forget = self._painted(self.prompts, self.forget_size, "pictures to forget")
         self.retain = self._painted(retained, self.retain_size, "pictures to retain")
         # A buffer: saved with the state, and rank 0's on all ranks, whatever order a GPU adds gradients in.

@@ -127,7 +127,7 @@ class SepME:
             if not 0 <= share < 1:
                 raise UserError(f"method.{option} is at least 0 and below 1, not {share}")
         self.name = name
-        self.mode = checked_mode(name, mode)
+        self.mode = checked_mode(name, mode, ("sequential", "composed"))
         self.separable = variant == "separable"
         self.group = GROUPS[variant]
         self.decouple = decouple

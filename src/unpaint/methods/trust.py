@@ -5,6 +5,7 @@ they are trained: to predict for the concept what belongs to its anchor, and to 
 """
 
 import random
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from unpaint.concepts import AnyConcept
 from unpaint.curvature import Scalar, Tensors, gradient, gradient_and_curvature
 from unpaint.edit import Edit
 from unpaint.errors import UserError, nearest
-from unpaint.methods.base import Job, checked_mode
+from unpaint.methods.base import MODES, Job, checked_mode, erasing_prompts
 from unpaint.saliency import ConceptNeurons
 from unpaint.sampling import Bank, Noised, Paintings, Sampler, Underway, denoise_on, denoise_to, seed_of
 
@@ -150,7 +151,8 @@ class TRUST:
         if objective != "zero" and previous == "none" and beta == 0:
             raise UserError("method.previous=none and method.beta=0 leave nothing to learn; give one of them")
         self.name = name
-        self.mode = checked_mode(name, mode)
+        # What is set to zero is handed on to no further member.
+        self.mode = checked_mode(name, mode, ("joint", "composed") if objective == "zero" else MODES)
         self.aligner = aligner
         self.objective = objective
         self.beta = beta
@@ -196,13 +198,17 @@ class TRUST:
             raise UserError(
                 "method.second_order=finite_difference takes model.dtype=float32: differences drown in less"
             )
-        further = self.asked == "all"
-        pairs = list(zip(job.concept.prompts(further), job.concept.anchor_prompts(further), strict=True))
-        self.bare = pairs[0][0]
-        if not further:
-            pairs = pairs[:1]
-        random.Random(job.seed).shuffle(pairs)
-        self.prompts, self.anchors = [p for p, _ in pairs], [a for _, a in pairs]
+        only = getattr(self.aligner, "only_for", None)
+        if only not in (None, job.model.name):
+            warnings.warn(
+                f"the aligner knows pictures of model '{only}', and finds no neurons of '{job.model.name}' that mean "
+                "anything; give another: method.aligner.path=FOLDER",
+                stacklevel=2,
+            )
+        entries = erasing_prompts(job.concept, self.asked)
+        random.Random(job.seed).shuffle(entries)
+        self.prompts, self.anchors = [entry.prompt for entry in entries], [entry.anchor for entry in entries]
+        self.bare = {entry.prompt: entry.bare for entry in entries}
         self.adam = Adam(job.weights.values(), lr=self.lr)
         self.paintings = self._paintings() if self._retains else None
         self.neurons = ConceptNeurons(job.weights, self._units(), self.xi, self.zscore_within == "layer")
@@ -389,7 +395,7 @@ class TRUST:
         """Mean alignment score of pictures, as a function of the weights they are painted with."""
         model, painter, prompts = self.job.model, self.painter, pictures.prompts
         text, empty = model.encode(prompts), model.encode([""])
-        asked = [self.bare] * len(prompts) if self.align_to == "concept" else prompts
+        asked = [self.bare[prompt] for prompt in prompts] if self.align_to == "concept" else prompts
         k = painter.steps - self.gradient_steps
         start = denoise_to(model, text, empty, pictures.seeds, k, painter)[0] if pictures.latents is None else None
 

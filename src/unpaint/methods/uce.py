@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from unpaint.concepts import AnyConcept
 from unpaint.edit import Edit
 from unpaint.errors import UserError, nearest
-from unpaint.methods.base import Job, checked_mode
+from unpaint.methods.base import Job, checked_mode, erasing_prompts
 
 CHOICES = {"tokens": ("last_subject", "span"), "prompts": ("concept", "all"), "guide": ("anchor", "empty")}
 
@@ -82,13 +82,13 @@ class UCE:
 
     def _states(self) -> States:
         concept = self.job.concept
-        pairs = list(zip(concept.prompts(further=True), concept.anchor_prompts(further=True), strict=True))
+        entries = erasing_prompts(concept, self.asked)
         retained = concept.retain_prompts() if self.preserve_scale else []
         if self.asked == "concept":
-            pairs, retained = pairs[:1], retained[: len(concept.retained)]
-        ids = [self._ids(prompt) for prompt, _ in pairs]
+            retained = retained[: len(concept.retained)]
+        ids = [self._ids(entry.prompt) for entry in entries]
         erased, guides = [], []
-        for own, (prompt, anchor) in zip(ids, pairs, strict=True):
+        for own, (prompt, anchor, _) in zip(ids, entries, strict=True):
             first, of_anchor = subject_ends(own, self._ids(anchor))
             # The empty prompt has no subject: its beginning of text stands for it, as in the authors' code.
             guide, of_guide = (anchor, of_anchor) if self.guide == "anchor" else ("", 0)

@@ -86,7 +86,8 @@ class Erasing(LightningModule):
             weights=self.weights,
             base=self.base,
             config=self.header_config,
-            cache=self.cache,
+            # What is painted after an edit is not the unedited model's.
+            cache=self.cache / "after" / self.start.id if self.start else self.cache,
             mine=slice(rank, None, world),
             update=self.update,
             step=self.step,
