@@ -278,6 +278,42 @@ def test_two_evaluators_of_one_seed_complete_each_other(tmp_path: Path) -> None:
     assert {"erasure/ua", "retention/ira", "fidelity/fid"} <= set(rows["metric"])
 
 
+def attacked(run_id: str, **evaluator: Any) -> RunRecord:
+    """A run whose evaluator has these keys, too; with an attack, its rate is in the record."""
+    more = {"attack/noise/asr": metric(0.5, n=16, higher_is_better=False)} if evaluator.get("attacks") else {}
+    if evaluator.get("relearning"):
+        more["restoration/relearning"] = metric(40.0, unit="steps", low=None, high=None, base=None)
+    one = record(run_id=run_id * 12)
+    one.metrics = one.metrics | more
+    one.config = one.config | {"evaluator": one.config["evaluator"] | evaluator}
+    return one
+
+
+def test_runs_that_differ_in_attacks_or_relearning_are_not_the_same_run(tmp_path: Path) -> None:
+    attacks, relearning = {"noise": {"name": "noise", "prompts": 16}}, {"steps": 200}
+    summary = summary_of(
+        tmp_path, attacked("a"), attacked("b", attacks=attacks), attacked("c", attacks={}, relearning=relearning)
+    )
+    assert summary.gathered.faults == []
+    (row,) = summary.gathered.rows
+    assert [run.record.run_id[0] for run in row.runs[0]] == ["b", "c", "a"]
+    assert {"attack/noise/asr", "restoration/relearning", "erasure/ua"} <= set(summary.rows["metric"])
+    assert set(summary.rows["seeds"]) == {1}
+
+
+def test_other_options_of_an_attack_or_a_metric_are_kept_apart_and_nothing_is_dropped(tmp_path: Path) -> None:
+    few, many = ({"noise": {"name": "noise", "title": str(prompts), "prompts": prompts}} for prompts in (16, 48))
+    found = gather_of(tmp_path, attacked("a", attacks=few), attacked("b", attacks=many))
+    assert found.faults == []
+    assert found.protocols[1].unlike(found.protocols[0]) == ["attack/noise/asr: prompts: 48, not 16"]
+    times = [attacked(name, metrics={"ua": {"name": "erasure/ua", "at_least": n}}) for name, n in (("a", 1), ("b", 2))]
+    assert len(gather_of(tmp_path / "metrics", *times).protocols) == 2
+    # Another title, and a key that an older record lacks, are no other question.
+    old = attacked("a", attacks={"noise": {"name": "noise", "title": "noise", "prompts": 16}})
+    new = attacked("b", attacks=few, relearning=None, control=None)
+    assert [fault.kind for fault in gather_of(tmp_path / "twice", old, new).faults] == ["twice"]
+
+
 def test_the_same_run_twice_counts_once(tmp_path: Path) -> None:
     old = record(ua=0.1, started="2025-01-01T00:00:00+00:00", run_id="a" * 12)
     summary = summary_of(tmp_path, record(ua=0.9), old)

@@ -59,9 +59,9 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Row:
-    """Runs that differ in their seed only, by seed; several of one seed were asked for different metrics, and the one
-    with most comes first. variant: the settings that tell it from the method's other rows of the concept, empty if
-    there are none."""
+    """Runs that differ in their seed only, by seed; several of one seed were asked for other metrics or attacks, and
+    the one with most comes first. variant: the settings that tell it from the method's other rows of the concept, empty
+    if there are none."""
 
     protocol: int
     concept: str
@@ -327,8 +327,12 @@ def _each_once(runs: Sequence[Run]) -> tuple[list[Run], list[Fault]]:
     return list(found.values()), faults
 
 
-def _asked(run: Run) -> list[str]:
-    return sorted(_section(_section(run.record.config, "evaluator"), "metrics"))
+def _asked(run: Run) -> str:
+    """Everything that its evaluator was told. Not titles, which may be worded anew; an option that is null or an empty
+    section is as good as not there, as in a record from before there was the option."""
+    told = {key: value for key, value in _section(run.record.config, "evaluator").items() if value != {}}
+    options = [(key, value) for key, value in flat(told).items() if value is not None]
+    return repr(sorted((key, value) for key, value in options if key.rpartition(".")[2] not in ("title", "cost")))
 
 
 def _unfinished(run: Run) -> Fault:
