@@ -315,6 +315,12 @@ def applied(pipe: DiffusionPipeline) -> list[tuple[str, float]]:
     return sorted({(id, scale) for module in modules for id, (_, scale) in _applied_to(module).edits.items()})
 
 
+def text_edits(pipe: DiffusionPipeline) -> tuple[tuple[str, float], ...]:
+    """Those of `applied` that were made for the text encoder: texts encoded under others are other ones."""
+    module = _module(pipe, "text_encoder")
+    return () if module is None else tuple(sorted((id, scale) for id, (_, scale) in _applied_to(module).edits.items()))
+
+
 def _edited(key: str, original: Tensor, edits: Mapping[str, tuple[Edit, float]]) -> Tensor:
     """A base tensor with edits upon it, in float32 or wider; untouched positions keep their bits, -0.0 too."""
     active = [(edit, scale) for _, (edit, scale) in sorted(edits.items()) if scale != 0]

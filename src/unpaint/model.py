@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from unpaint.edit import text_edits
 from unpaint.errors import UserError, nearest
 from unpaint.files import WEIGHTS
 
@@ -69,7 +70,7 @@ class TextToImage:
         self.alphas_cumprod: Tensor = DDIMScheduler.from_config(self.scheduler_config).alphas_cumprod.to(self.device)
         # At once, not when first asked: by then the UNet may have been edited or trained.
         self.fingerprint: str = _fingerprint(pipe)
-        self._texts: OrderedDict[str, Tensor] = OrderedDict()
+        self._texts: OrderedDict[tuple[str, tuple[tuple[str, float], ...]], Tensor] = OrderedDict()
         self._warned_of_truncation = False
         self._parameter_names = frozenset(f"unet.{key}" for key, _ in pipe.unet.named_parameters())
 
@@ -82,7 +83,8 @@ class TextToImage:
         return self
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Text embeddings (B, L, D) of B prompts, without gradients; each prompt is encoded once and remembered.
+        """Text embeddings (B, L, D) of B prompts, without gradients; each prompt is encoded once and remembered, for
+        the edits that the text encoder has.
 
         Every prompt runs through the text encoder alone, so its embedding never depends on its neighbours. A prompt
         longer than the tokenizer allows is cut, with a warning the first time.
@@ -95,9 +97,10 @@ class TextToImage:
             return torch.cat([self._encode_one(prompt) for prompt in prompts])
 
     def _encode_one(self, prompt: str) -> Tensor:
-        if prompt in self._texts:
-            self._texts.move_to_end(prompt)
-            return self._texts[prompt]
+        key = (prompt, text_edits(self.pipe))
+        if key in self._texts:
+            self._texts.move_to_end(key)
+            return self._texts[key]
         tokenizer, encoder = self.pipe.tokenizer, self.pipe.text_encoder
         length = prompt_length(tokenizer, encoder.config)
         tokens = tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
@@ -107,7 +110,7 @@ class TextToImage:
         uses_mask = getattr(encoder.config, "use_attention_mask", False)
         mask = tokens.attention_mask.to(self.device) if uses_mask else None
         text = encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0].to(self.dtype)
-        self._texts[prompt] = text
+        self._texts[key] = text
         if len(self._texts) > CACHED_TEXTS:
             self._texts.popitem(last=False)
         return text

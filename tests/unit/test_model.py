@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from unpaint.edit import Edit, text_edits
 from unpaint.errors import UserError
 from unpaint.model import GROUPS, TextToImage, load_model
 
@@ -58,6 +59,27 @@ def test_encode_is_what_the_pipeline_encodes(eps_model: TextToImage) -> None:
     assert torch.equal(eps_model.encode(["a dog at night"])[0], text[1])
     with pytest.raises(TypeError, match="list of prompts"):
         eps_model.encode("a cat")
+
+
+def test_an_edit_of_the_text_encoder_changes_what_is_encoded(tiny_pipeline_folder: Path) -> None:
+    model = load_model({"name": "tiny", "path": str(tiny_pipeline_folder), "device": "cpu"})
+    pipe, prompts = model.pipe, ["a cat", "a dog"]
+    plain = model.encode(prompts)
+    name, weight = next((n, w) for n, w in pipe.text_encoder.named_parameters() if n.endswith("fc1.weight"))
+    key, before = f"text_encoder.{name}", weight.detach().clone()
+    with torch.no_grad():
+        weight += 0.1
+    edit = Edit.from_change(pipe, {key: before}, method="m", concept="c", config={})
+    with torch.no_grad():
+        weight.copy_(before)
+    edit.apply(pipe)
+    edited = model.encode(prompts)
+    assert not torch.isclose(edited, plain).all(dim=-1).all(dim=-1).any()
+    edit.apply(pipe, scale=0.5)
+    assert not torch.equal(model.encode(prompts), edited)
+    edit.remove(pipe)
+    assert torch.equal(model.encode(prompts), plain)
+    assert text_edits(pipe) == ()
 
 
 def test_a_text_encoded_in_inference_mode_can_be_trained_on(tiny_pipeline_folder: Path) -> None:
