@@ -25,6 +25,8 @@ class Painting(LightningModule):
         text: str,
     ) -> None:
         super().__init__()
+        # There may be fewer batches than ranks.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
         self.evaluator = evaluator
         self.text_to_image = model
         self.store = store
