@@ -128,7 +128,7 @@ def test_what_was_pushed_aside_comes_back(model: TextToImage, ungreen: Edit) -> 
 def test_a_concept_that_was_never_painted_is_not_trained(model: TextToImage) -> None:
     edit = change(model, "conv_out.weight", 2)
     found = relearn(model, edit, concept(), evaluator(Colours(cat=1.1)), 0, OPTIONS)
-    assert (found["relearned"], found["curve"], found["shown"]) == (None, [], 0.0)
+    assert (found["value"], found["relearned"], found["curve"], found["shown"]) == (None, None, [], 0.0)
 
 
 def test_fine_tuning_lowers_the_loss(model: TextToImage) -> None:

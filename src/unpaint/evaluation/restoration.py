@@ -68,11 +68,11 @@ def relearn(
     namespace `attack`: none that trained or scored anything. `progress(1)` is called after each step. Raises UserError
     on a model that is not in float32.
 
-    Returns what the record holds under `restoration/relearning`: value (steps; `options.steps` if it did not come back
-    within them), relearned (whether it did), shown (the unedited model's share of pictures that show the concept),
+    Returns what the record holds under `restoration/relearning`: value (steps; `options.steps`, and more would have been
+    needed, if it did not come back within them), relearned (whether it did), shown (the unedited model's share of pictures that show the concept),
     curve ([steps, share, low, high] with Wilson's interval, from 0 on), n (pictures a point), base (None),
     higher_is_better, unit, title, detector, and the options. A concept that the unedited model does not paint cannot
-    come back: relearned is None, and nothing is trained.
+    come back: nothing is trained, and value and relearned are None.
     """
     from unpaint.sampling import seed_of
 
@@ -82,7 +82,7 @@ def relearn(
     cases = _questions(concept, seed, options.judged)[0]
     seeds = [seed_of("attack", seed, 2, i) for i in range(options.judged)]
     base = _share(_shown(model, cases, seeds, evaluator))[0]
-    value: int = options.steps
+    value: int | None = None
     relearned: bool | None = None
     curve: list[tuple[int, float, float, float]] = []
     if base > 0:
