@@ -30,7 +30,7 @@ from unpaint.listing import conf_dir, options
 from unpaint.report.aggregate import Summary, summarized
 from unpaint.report.gather import Gathered, Run, flat, gather
 from unpaint.report.page import write_page
-from unpaint.report.tables import NOTES, apart, markdown, order_in_words
+from unpaint.report.tables import apart, markdown, notes, order_in_words
 from unpaint.report.wall import Wall
 from unpaint.results import RunRecord
 
@@ -71,7 +71,7 @@ def write(results: Path, page: Path) -> Path:
     """Put the tables of `results`, and the command for each row, between the marks of `page`."""
     summary = summarized(gather(results))
     told = [f"- {line}" for line in [*apart(summary), *(f"{f.kind}: {f.text}" for f in summary.gathered.faults)]]
-    parts = [order_in_words(summary), " ".join(NOTES), *markdown(summary), "## The command for each row"]
+    parts = [order_in_words(summary), " ".join(notes(summary)), *markdown(summary), "## The command for each row"]
     parts += [
         "```\n" + "\n".join(commands(summary)) + "\n```",
         *(["## Missing or apart", "\n".join(told)] if told else []),

@@ -23,13 +23,11 @@ from unpaint.errors import UserError
 from unpaint.evaluation.pictures import Batch, PictureStore, batches_of
 from unpaint.report import tables
 from unpaint.report.aggregate import (
-    MEAN,
     Summary,
     numbers,
     over_concepts,
     over_seeds,
     pareto_ranks,
-    ranked,
     summarized,
     t95,
     unedited,
@@ -61,7 +59,7 @@ CONCEPT: dict[str, Any] = {
 SAMPLER = {"_target_": "unpaint.sampling.Sampler", "steps": 25, "guidance": 4.0, "eta": 0.0}
 
 
-def metric(value: float | None, low: float = 0.0, high: float = 1.0, **more: Any) -> dict[str, Any]:
+def metric(value: float | None, low: float | None = 0.0, high: float | None = 1.0, **more: Any) -> dict[str, Any]:
     found = {"value": value, "low": low, "high": high, "n": 96, "base": 0.02, "base_low": 0.01, "base_high": 0.05}
     return (
         found | {"unit": "rate", "higher_is_better": True, "detector": "judge-1", "title": "“{target}” is gone"} | more
@@ -117,6 +115,7 @@ def summary_of(outputs: Path, *records: RunRecord, **options: Any) -> Summary:
 def line(value: float, low: float, high: float, **more: Any) -> dict[str, Any]:
     place = {"protocol": 0, "concept": "cat", "method": "esd", "variant": "", "seed": 0, "metric": "erasure/ua"}
     known = {"n": 10.0, "base": 0.1, "base_low": 0.0, "base_high": 0.2}
+    known |= {"never": 0.0, "more_than": np.nan, "stopped": 0.0}
     unit = {"unit": "rate", "higher_is_better": True, "detector": "judge-1"}
     return place | known | unit | {"value": value, "low": low, "high": high} | more
 
@@ -140,7 +139,8 @@ def test_costs_have_an_interval_only_from_seeds() -> None:
     lines = [line(v, np.nan, np.nan, seed=i, **cost) for i, v in enumerate((10.0, 14.0))]
     assert np.isnan(over_seeds(pd.DataFrame(lines[:1])).iloc[0]["low"])
     two = over_seeds(pd.DataFrame(lines)).iloc[0]
-    assert (two["value"], two["high"] - 12) == pytest.approx((12.0, 12.706 * math.sqrt(8) / math.sqrt(2)))
+    # The half-width is 12.706 * sqrt(8) / sqrt(2) = 25.4, and no time is below 0.
+    assert (two["value"], two["low"], two["high"]) == pytest.approx((12.0, 0.0, 12 + 25.412))
 
 
 def test_the_mean_over_concepts_adds_the_sides_up_like_standard_errors() -> None:
@@ -150,6 +150,20 @@ def test_the_mean_over_concepts_adds_the_sides_up_like_standard_errors() -> None
     assert mean["low"] == pytest.approx(0.8 - math.hypot(0.1, 0.1) / 2)
     assert mean["high"] == pytest.approx(0.8 + math.hypot(0.03, 0.04) / 2)
     assert mean["concepts"] == 2
+
+
+def test_what_concepts_retain_is_asked_for_with_the_same_prompts_so_the_sides_add_up(tmp_path: Path) -> None:
+    two = [line(0.9, 0.8, 0.93), line(0.7, 0.6, 0.74, concept="dog")]
+    for name in ("retention/ira", "fidelity/fid"):
+        mean = over_concepts(over_seeds(pd.DataFrame([one | {"metric": name} for one in two]))).iloc[0]
+        # As if both were off by the same pictures: (0.1 + 0.1) / 2 below, (0.03 + 0.04) / 2 above.
+        assert (mean["value"], mean["low"], mean["high"]) == pytest.approx((0.8, 0.7, 0.835))
+        # Two edited models painted them, so there are 20 pictures.
+        assert mean["n"] == 20
+    # The unedited model painted what both concepts retain once; of the targets each concept has its own.
+    base = summary_of(tmp_path, record(), record(concept="dog")).base_means.set_index("metric")
+    assert base.loc["erasure/ua", "n"] == 192
+    assert np.isnan(base.loc["retention/ira", "n"])
 
 
 def test_the_unedited_models_number_is_counted_once_a_seed() -> None:
@@ -166,17 +180,57 @@ def test_students_t(freedom: int, factor: float) -> None:
 def test_pareto_ranks_by_hand() -> None:
     points = [(0.9, 0.9), (1.0, 0.5), (0.9, 0.8), (0.2, 0.2), (0.9, 0.9), (np.nan, 1.0)]
     assert pareto_ranks(np.array(points)) == [1, 1, 2, 3, 1, None]
+    # Equal but for the last bits, and for the sixth digit of a kept record, also on the edge of two rounded numbers.
+    points = [(0.1 + 0.2, 0.984375), (0.3, (0.979167 + 0.989584) / 2), (0.3, 0.9), (0.29999, 0.9)]
+    assert pareto_ranks(np.array(points)) == [1, 1, 2, 3]
+    # Not by steps: of three that are each a hair apart the last is another number.
+    steps = [(0.5, 0.5), (0.5 + 4e-6, 0.5), (0.5 + 8e-6, 0.5)]
+    assert pareto_ranks(np.array(steps)) == [2, 2, 1]
+
+
+def test_equal_means_of_kept_records_share_a_front_and_the_page_draws_it(tmp_path: Path) -> None:
+    # UA is 2/3 for both, of three seeds and of one; IRA is better for the second.
+    three = [record("esd", seed=seed, ua=ua, ira=0.99) for seed, ua in enumerate((0.583333, 0.666667, 0.75))]
+    summary = summary_of(tmp_path, *three, record("uce", ua=0.666667, ira=0.995), record("trust", ua=0.666667, ira=0.9))
+    assert summary.rows[summary.rows["metric"] == "erasure/ua"]["value"].nunique() == 2
+    ranks = summary.row_ranks.set_index("method")["rank"]
+    assert (ranks["uce"], ranks["esd"], ranks["trust"]) == (1, 2, 3)
+    data = page_data(summary, Wall())
+    x = [entry["name"] for entry in data["metrics"]].index("erasure/ua")
+    lines = data["tables"][0]["lines"]
+    assert len({one["cells"][x][0] for one in lines}) == 1
+    assert {one["cells"][x][3] for one in lines} == {"66.7"}
 
 
 def test_a_mean_over_fewer_concepts_is_not_ranked(tmp_path: Path) -> None:
     records = [record("esd", "cat"), record("esd", "dog"), record("uce", "cat", ua=1.0, ira=1.0)]
     summary = summary_of(tmp_path, *records)
-    ranks = ranked(summary.means, MEAN).set_index("method")["rank"]
+    ranks = summary.mean_ranks.set_index("method")["rank"]
     assert ranks["esd"] == 1
     assert pd.isna(ranks["uce"])
     weighed = summarized(summary.gathered, weights={"erasure/ua": 1.0})
     assert list(weighed.mean_ranks.set_index("method")["score"].isna()[["esd", "uce"]]) == [False, True]
     assert any("uce: no run on dog (seed 0)" in fault.text for fault in summary.gathered.faults)
+
+
+def test_as_many_concepts_are_not_the_same_ones_and_retention_counts_too(tmp_path: Path) -> None:
+    # Two concepts each, but not the same two of three: no row has all, and none is ranked or scored.
+    pairs = {"esd": ("cat", "dog"), "uce": ("dog", "bird")}
+    records = [record(method, concept) for method, concepts in pairs.items() for concept in concepts]
+    summary = summary_of(tmp_path, *records, weights={"erasure/ua": 1.0})
+    assert summary.mean_ranks["rank"].isna().all() and summary.mean_ranks["score"].isna().all()
+    assert summary.row_ranks["rank"].notna().all() and summary.row_ranks["score"].notna().all()
+    # UA of both concepts, IRA of one: no rank, a score of UA alone, none of both.
+    lacks = record("trust", "dog")
+    del lacks.metrics["retention/ira"]
+    both = [record("esd", "cat"), record("esd", "dog"), record("trust", "cat"), lacks]
+    found = summary_of(tmp_path / "lacks", *both, weights={"erasure/ua": 1.0})
+    ranks = found.mean_ranks.set_index("method")
+    assert ranks.loc["esd", "rank"] == 1 and pd.isna(ranks.loc["trust", "rank"])
+    assert ranks.loc["trust", "score"] == pytest.approx(0.9)
+    weights = {"erasure/ua": 1.0, "retention/ira": 1.0}
+    scores = summarized(found.gathered, weights=weights).mean_ranks.set_index("method")["score"]
+    assert scores["esd"] == pytest.approx(0.925) and pd.isna(scores["trust"])
 
 
 # --- what may be compared ---------------------------------------------------------------------------------------------
@@ -546,13 +600,88 @@ def test_a_run_that_was_moved_lies_in_its_parent(tmp_path: Path) -> None:
 
 def test_numbers_leave_out_what_was_not_measured(tmp_path: Path) -> None:
     summary = summary_of(tmp_path, record(metrics={"erasure/ua": metric(0.5), "pairs/erase_retain": metric(None)}))
-    assert set(numbers(summary.gathered)["metric"]) == {"erasure/ua", "cost/erase_seconds", "cost/edit_bytes"}
+    found = numbers(summary.gathered).set_index("metric")["never"]
+    assert found.to_dict() == {
+        "erasure/ua": 0,
+        "cost/erase_seconds": 0,
+        "cost/edit_bytes": 0,
+        "cost/seconds_to_ua95": 1,
+    }
 
 
 def test_a_time_that_some_seed_never_reached_is_no_mean(tmp_path: Path) -> None:
     reached = {"seconds_to_ua95": 4.0, "erase_seconds": 10.0}
     never = reached | {"seconds_to_ua95": None}
     summary = summary_of(tmp_path, record(cost=reached), record(seed=1, cost=never), record("uce", cost=reached))
-    times = summary.rows[summary.rows["metric"] == "cost/seconds_to_ua95"]
-    assert list(times["method"]) == ["uce"]
+    times = summary.rows[summary.rows["metric"] == "cost/seconds_to_ua95"].set_index("method")
+    assert times["value"].to_dict() == pytest.approx({"esd": np.nan, "uce": 4.0}, nan_ok=True)
+    assert [tables.text(one) for one in times.reset_index().to_dict("records")] == ["not always", "4.0 s"]
     assert list(summary.rows[summary.rows["metric"] == "cost/erase_seconds"]["method"]) == ["esd", "uce"]
+    # Nor is one over concepts, if it is there for some of them.
+    concepts = [record(concept="dog", cost=never), record(cost=reached), record("uce", cost=reached)]
+    found = summary_of(tmp_path / "concepts", *concepts, record("uce", "dog", cost=reached))
+    means = found.means[found.means["metric"] == "cost/seconds_to_ua95"].to_dict("records")
+    assert {one["method"]: tables.text(one) for one in means} == {"esd": "not always", "uce": "4.0 s"}
+    rows = found.rows[found.rows["metric"] == "cost/seconds_to_ua95"].to_dict("records")
+    assert {(one["method"], one["concept"]): tables.text(one) for one in rows}["esd", "dog"] == "never"
+
+
+def relearned(run_id: str, value: int | None, back: bool | None, **changes: Any) -> RunRecord:
+    one = record(run_id=run_id * 12, **changes)
+    steps = metric(value, n=32, base=None, unit="steps", relearned=back)
+    one.metrics = one.metrics | {"restoration/relearning": {k: v for k, v in steps.items() if k not in ("low", "high")}}
+    return one
+
+
+def test_what_did_not_come_back_is_no_number_of_steps(tmp_path: Path) -> None:
+    records = [
+        relearned("a", 20, True),
+        relearned("b", 200, False, seed=1),
+        relearned("c", 200, False, concept="dog"),
+        # The unedited model never paints it: an old record says so with the number of steps.
+        relearned("d", 200, None, concept="bird"),
+        relearned("e", 40, True, method="uce"),
+        relearned("f", 60, True, method="uce", seed=1),
+        relearned("g", 100, True, method="uce", concept="dog"),
+        relearned("h", None, None, method="uce", concept="bird"),
+    ]
+    summary = summary_of(tmp_path, *records)
+    name = "restoration/relearning"
+    rows = summary.rows[summary.rows["metric"] == name].to_dict("records")
+    assert {(one["method"], one["concept"]): tables.text(one) for one in rows} == {
+        ("esd", "cat"): "not always",
+        ("esd", "dog"): "> 200",
+        ("uce", "cat"): "50",
+        ("uce", "dog"): "100",
+    }
+    means = summary.means[summary.means["metric"] == name].set_index("method")
+    assert np.isnan(means.loc["esd", "value"]) and means.loc["uce", "value"] == 75
+    data = json.loads(json.dumps(page_data(summary, Wall())))
+    i = [entry["name"] for entry in data["metrics"]].index(name)
+    dog = next(table for table in data["tables"] if table["concept"] == "dog")
+    assert {one["method"]: one["cells"][i][0::3] for one in dog["lines"]} == {
+        "esd": [None, "> 200", 1],
+        "uce": [100.0, "100", 1],
+    }
+    lines = pd.read_csv(tables.write_csv(summary, tmp_path / "c.csv")).set_index(["concept", "method", "metric"])
+    assert lines.loc[("dog", "esd", name), "more_than"] == 200
+
+
+def test_two_runs_of_which_one_did_not_come_back_have_no_difference(tmp_path: Path) -> None:
+    a, b = relearned("a", 20, True), relearned("b", 200, False, method="uce")
+    folders = kept(tmp_path, a, b)
+    runs = [run_of(one, folder) for one, folder in zip((a, b), folders, strict=True)]
+    found = next(one for one in paired(gather(tmp_path), *runs).lines if one.name == "restoration/relearning")
+    assert (found.a, found.b, found.difference, found.interval, found.verdict) == ("20", "> 200", "–", "–", "")
+
+
+def test_a_rate_of_searches_that_were_stopped_says_so(tmp_path: Path) -> None:
+    def one(method: str, stopped: int) -> RunRecord:
+        asr = metric(0.4, 0.3, 0.5, n=16, higher_is_better=False, stopped=stopped)
+        return record(method, metrics={"erasure/ua": metric(0.9), "attack/noise/asr": asr})
+
+    summary = summary_of(tmp_path, one("esd", 2), one("uce", 0))
+    text = "\n".join(tables.markdown(summary))
+    assert "| ≥ 40.0 (30.0–50.0) |" in text and "| 40.0 (30.0–50.0) |" in text
+    assert "the budget ended" in tables.notes(summary)[-1]
+    assert len(tables.notes(summary_of(tmp_path / "none", one("uce", 0)))) == 2

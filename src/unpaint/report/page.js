@@ -273,10 +273,12 @@
 
   function drawTrade(view) {
     const x = Number(get("axis-x").value), y = Number(get("axis-y").value), shown = [...new Set([x, y, ...main])];
-    const lines = view.lines.filter((line) => line.cells[x] && line.cells[y]);
+    const known = (line, i) => line.cells[i] && line.cells[i][0] !== null;  // null: what never came to its end
+    const lines = view.lines.filter((line) => known(line, x) && known(line, y));
     const kind = lines.length > MANY && canGl() ? "scattergl" : "scatter", few = lines.length <= 14, traces = [];
     // A mean over fewer concepts answers another question: it is shown, but not on the front.
-    const ranked = lines.filter((line) => line.rank !== null);
+    const whole = (line, i) => !view.concepts || line.cells[i][6] === view.concepts;
+    const ranked = lines.filter((line) => line.rank !== null && whole(line, x) && whole(line, y));
     const best = view.every ? [] : front(ranked, x, y);
     const far = new Set([...apartFrom(lines, x), ...apartFrom(lines, y)]), near = lines.filter((line) => !far.has(line));
     const across = extent(near, x, view.base[x]), up = extent(near, y, view.base[y]);

@@ -1,27 +1,29 @@
 """The page: one HTML file with everything in it, that opens from disk and asks the network for nothing."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from unpaint.files import replacing
-from unpaint.report.aggregate import COST, UA, Summary
+from unpaint.report.aggregate import COST, UA, Summary, levelled
 from unpaint.report.gather import Run, flat
 from unpaint.report.pair import Pair
 from unpaint.report.tables import (
-    NOTES,
     Section,
     apart,
     heading,
     in_words,
     interval,
+    notes,
     order_in_words,
     sections,
     seeds_of,
@@ -67,7 +69,7 @@ def write_page(summary: Summary, wall: Wall, path: Path, pair: Pair | None = Non
         faults=faults,
         apart=apart(summary),
         order=order_in_words(summary),
-        notes=NOTES,
+        notes=notes(summary),
         glossary=[_glossary(summary, name) for name in summary.metrics if not name.startswith(COST)],
         has=_has(summary, wall),
         wall=wall,
@@ -127,7 +129,7 @@ def _titles(summary: Summary) -> dict[str, str]:
 def page_data(summary: Summary, wall: Wall) -> dict[str, Any]:
     """What the page's script shows, as plain data. A cell is [value, low, high, the value as text, the interval as
     text, n, over how many concepts or seeds]; the texts come from the full numbers, and the script shows them as they
-    are."""
+    are. Values are levelled as for the ranks, so that the front that is drawn is theirs."""
     metrics, titles = summary.metrics, _titles(summary)
     first = summary.runs.drop_duplicates("metric").set_index("metric")
     rows = {(row.protocol, row.concept, row.method, row.variant): i for i, row in enumerate(summary.gathered.rows)}
@@ -171,6 +173,8 @@ def page_data(summary: Summary, wall: Wall) -> dict[str, Any]:
 
 
 def _table(summary: Summary, section: Section, metrics: Sequence[str], rows: Mapping[Any, int]) -> dict[str, Any]:
+    values = [[line["cells"].get(name, {}).get("value", math.nan) for name in metrics] for line in section.lines]
+    level = levelled(np.array(values, dtype=np.float64).reshape(len(values), len(metrics)))
     return {
         "protocol": section.protocol,
         "concept": section.concept,
@@ -184,17 +188,19 @@ def _table(summary: Summary, section: Section, metrics: Sequence[str], rows: Map
                 "rank": None if line["rank"] is None or pd.isna(line["rank"]) else int(line["rank"]),
                 "score": None if line["score"] is None or pd.isna(line["score"]) else round(float(line["score"]), 4),
                 "seeds": seeds_of(summary, section, line),
-                "cells": [_cell(line["cells"].get(name)) for name in metrics],
+                "cells": [_cell(line["cells"].get(name), value) for name, value in zip(metrics, own, strict=True)],
             }
-            for line in section.lines
+            for line, own in zip(section.lines, level, strict=True)
         ],
     }
 
 
-def _cell(line: Mapping[str, Any] | None) -> list[Any] | None:
+def _cell(line: Mapping[str, Any] | None, value: float | None = None) -> list[Any] | None:
+    # value: what is drawn, if it is not the line's own
     if line is None:
         return None
-    plain = [None if pd.isna(line[key]) else float(f"{line[key]:.5g}") for key in ("value", "low", "high")]
+    drawn = [line["value"] if value is None else value, line["low"], line["high"]]
+    plain = [None if pd.isna(number) else float(f"{number:.7g}") for number in drawn]
     count = int(line["n"]) if not pd.isna(line["n"]) and line["n"] else None
     return [*plain, text(line), interval(line), count, int(line["concepts"] if "concepts" in line else line["seeds"])]
 

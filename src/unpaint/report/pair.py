@@ -94,7 +94,9 @@ def _line(
     if a["value"] is None or b["value"] is None:
         return None
     how = PAIRED
-    if found is None:
+    if any(side.get("relearned") is False for side in (a, b)):
+        found = (math.nan, math.nan, math.nan)  # more steps than that, nobody knows how many
+    elif found is None:
         found, how = independent(a, b), APART
     value, low, high = found
     known = not math.isnan(low)
@@ -120,7 +122,7 @@ def _line(
 
 
 def _signed(number: str) -> str:
-    return number.replace("-", "−") if number.startswith("-") else f"+{number}"
+    return number if number == "–" else number.replace("-", "−") if number.startswith("-") else f"+{number}"
 
 
 def independent(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[float, float, float]:

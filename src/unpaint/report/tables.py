@@ -1,5 +1,6 @@
 """A comparison as text: a table in the terminal, CSV, Markdown, and the words that all of them share with the page."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,10 @@ def in_words(title: str) -> str:
 
 
 def text(line: Mapping[str, Any], key: str = "value") -> str:
-    """The number as it is shown: rates in percent and cosines times 100, without a sign; costs with their unit."""
+    """The number as it is shown: rates in percent and cosines times 100, without a sign; costs with their unit. What
+    did not come to its end is `never`, `> 200`, or `not always`; a rate that stopped searches may raise has a ≥."""
+    if key == "value" and (line.get("never") or line.get("relearned") is False):
+        return _never(line)
     if line.get(key) is None or pd.isna(line[key]):
         return "–"
     metric = str(line.get("metric", ""))
@@ -67,7 +71,16 @@ def text(line: Mapping[str, Any], key: str = "value") -> str:
         kind = COSTS.get(metric.removeprefix(COST), ("", "count"))[1]
         value = float(line[key])
         return amount(int(value) if kind != "seconds" and value.is_integer() else round(value, 1), kind)
-    return number(line, key, "")
+    # pair's differences are numbers as well, and have none of these keys
+    return f"≥ {number(line, key, '')}" if key == "value" and line.get("stopped") else number(line, key, "")
+
+
+def _never(line: Mapping[str, Any]) -> str:
+    if line.get("relearned") is False:  # of a record
+        return f"> {number(line, 'value', '')}"
+    if line["never"] < 1:
+        return "not always"
+    return "never" if math.isinf(line["more_than"]) else f"> {number(line, 'more_than', '')}"
 
 
 def interval(line: Mapping[str, Any]) -> str:
@@ -189,11 +202,17 @@ def order_in_words(summary: Summary) -> str:
     )
 
 
-NOTES = (
-    "Rates in %, CLIP cosines times 100; in parentheses the 95 % interval.",
-    "One seed: the interval of the record, about pictures. Several seeds: the wider, on each side, of Student's t over "
-    "the seeds and of the records' own intervals combined.",
-)
+def notes(summary: Summary) -> list[str]:
+    """What the numbers of the tables are, in sentences."""
+    told = [
+        "Rates in %, CLIP cosines times 100; in parentheses the 95 % interval.",
+        "One seed: the interval of the record, about pictures. Several seeds: the wider, on each side, of Student's t "
+        "over the seeds and of the records' own intervals combined.",
+    ]
+    if (summary.runs["stopped"] > 0).any():
+        told.append("≥: the budget ended some of the attack's searches, which count as not found.")
+    return told
+
 
 # --- terminal ---------------------------------------------------------------------------------------------------------
 
@@ -212,7 +231,7 @@ def show(summary: Summary, files: Mapping[str, Path], console: "Console | None" 
         console.print(_table(summary, section, console.width))
     if len(shown) < len(every):
         console.print(f"{len(every) - len(shown)} tables of single concepts: in the files.")
-    console.print(escape(" ".join((order_in_words(summary), *NOTES))), style="dim", highlight=False)
+    console.print(escape(" ".join((order_in_words(summary), *notes(summary)))), style="dim", highlight=False)
     told = [*apart(summary), *(f"{fault.kind}: {fault.text}" for fault in summary.gathered.faults)]
     for line in told[:20]:
         console.print(escape(line), style="yellow", soft_wrap=True, highlight=False)
@@ -320,6 +339,9 @@ def write_csv(summary: Summary, path: Path) -> Path:
         "n",
         "seeds",
         "base",
+        "never",
+        "more_than",
+        "stopped",
         "unit",
         "higher_is_better",
         "detector",
@@ -332,7 +354,7 @@ def write_csv(summary: Summary, path: Path) -> Path:
 
 def write_markdown(summary: Summary, path: Path) -> Path:
     """The tables of `sections`, and every line about what is missing or was measured otherwise."""
-    parts = [f"# Comparison of {len(summary.gathered.runs)} runs", order_in_words(summary), " ".join(NOTES)]
+    parts = [f"# Comparison of {len(summary.gathered.runs)} runs", order_in_words(summary), " ".join(notes(summary))]
     parts += markdown(summary)
     told = [*apart(summary), *(f"{fault.kind}: {fault.text}" for fault in summary.gathered.faults)]
     if told:

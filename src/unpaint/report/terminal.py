@@ -39,9 +39,10 @@ def show(record: RunRecord, files: Mapping[str, Path | str] | None = None, conso
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "in short" else "right", no_wrap=heading != "in short")
     for name, metric in record.metrics.items():
+        mark = "> " if metric.get("relearned") is False else "≥ " if metric.get("stopped") else ""
         cells = {
             "unedited": number(metric, "base"),
-            "edited": f"[bold]{number(metric, 'value')}[/bold]",
+            "edited": f"[bold]{mark}{number(metric, 'value')}[/bold]",
             "95 % interval": f"{number(metric, 'low', '')}–{number(metric, 'high')}",
             "n": str(metric.get("n", "–")),
             "in short": verdict(name, metric),
@@ -110,6 +111,10 @@ def verdict(name: str, metric: Mapping[str, Any]) -> str:
     value, base = metric.get("value"), metric.get("base")
     if value is None:
         return "not measured"
+    if metric.get("relearned") is False:
+        return "not back by then"
+    if metric.get("stopped"):
+        return f"{metric['stopped']} of {metric.get('n')} searches stopped"
     if name.startswith("erasure/"):
         if base is not None and base >= 0.8:
             return "never painted"
