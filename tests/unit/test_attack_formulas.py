@@ -1,6 +1,7 @@
 """The formulas of the attacks against cases worked by hand, on tiny models."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -352,6 +353,25 @@ def test_the_token_is_learned_once(scene: Scene) -> None:
     again = list(INVERSION.attempts(scene))
     assert len(again) == len(first) == 1 and again[0] is not None
     assert again[0].pictures.equal(first[0].pictures) and first[0].texts is None
+
+
+def test_a_token_that_is_nan_is_said_to_be_and_not_kept(scene: Scene) -> None:
+    broken = replace(INVERSION, lr=1e37)
+    with pytest.raises(UserError, match=r"attack inversion: what it learned is NaN; .* than 1e\+37"):
+        list(broken.attempts(scene))
+    assert not list(scene.folder.rglob("*.safetensors"))
+    # So the next one learns anew.
+    assert [attempt for attempt in INVERSION.attempts(scene) if attempt]
+
+
+def test_pictures_of_nan_are_refused_and_not_counted_as_a_failed_attack(scene: Scene) -> None:
+    start = noise(scene.seeds([0, 1]), scene.model.latent_shape, scene.model.device, scene.model.dtype)
+    assert scene.finished(start).dtype == torch.uint8
+    start[1, 0, 0, 0] = float("nan")
+    with pytest.raises(UserError, match="an attack on 'cat' paints NaN"):
+        scene.finished(start)
+    with pytest.raises(UserError, match="an attack on 'cat' paints NaN"):
+        scene.painted_by_text([0], scene.model.encode(["a cat"]) * float("nan"))
 
 
 # --- searches in text space -------------------------------------------------------------------------------------------

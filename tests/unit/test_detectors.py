@@ -127,6 +127,16 @@ def test_a_classifier_is_read_through_the_map(classifier_folder: Path) -> None:
     assert shows(detector, says, "object/dog").tolist() == ((first == 1) | (first == 2)).tolist()
 
 
+def test_nan_is_no_answer(classifier_folder: Path) -> None:
+    for thresholds in ({}, {"object/cat": 0.5}):
+        detector = HuggingFaceClassifier(str(classifier_folder), MAP, thresholds=thresholds)
+        says = detector(images()).numpy()
+        says[2] = np.nan  # as a network in half precision answers that overflows
+        with pytest.raises(UserError, match=r"answers with NaN for 'object/cat'$"):
+            shows(detector, says, "object/cat")
+        assert shows(detector, says[:2], "object/cat").shape == (2,)
+
+
 def test_a_class_that_the_classifier_lacks_is_refused_at_once(classifier_folder: Path) -> None:
     folder = str(classifier_folder)
     with pytest.raises(UserError, match=r"object/dog: the classifier has no class 'beegle'; did you mean beagle\?"):

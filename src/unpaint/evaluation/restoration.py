@@ -68,11 +68,11 @@ def relearn(
     namespace `attack`: none that trained or scored anything. `progress(1)` is called after each step. Raises UserError
     on a model that is not in float32.
 
-    Returns what the record holds under `restoration/relearning`: value (steps; `options.steps`, and more would have been
-    needed, if it did not come back within them), relearned (whether it did), shown (the unedited model's share of pictures that show the concept),
-    curve ([steps, share, low, high] with Wilson's interval, from 0 on), n (pictures a point), base (None),
-    higher_is_better, unit, title, detector, and the options. A concept that the unedited model does not paint cannot
-    come back: nothing is trained, and value and relearned are None.
+    Returns what the record holds under `restoration/relearning`: value (steps; `options.steps` if it did not come back
+    within them: more would have been needed), relearned (whether it did), shown (the unedited model's share of pictures
+    that show the concept), curve ([steps, share, low, high] with Wilson's interval, from 0 on), n (pictures a point),
+    base (None), higher_is_better, unit, title, detector, and the options. A concept that the unedited model does not
+    paint cannot come back: nothing is trained, and value and relearned are None.
     """
     from unpaint.sampling import seed_of
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from unpaint.concepts import IN_SET, Case, Concept
+from unpaint.errors import UserError
 from unpaint.model import TextToImage
 from unpaint.sampling import Sampler, denoise_on, noise, paint, seed_of
 
@@ -76,8 +77,15 @@ class Scene:
 
     @torch.no_grad()
     def finished(self, latents: Tensor) -> Tensor:
-        """The pictures, uint8 on the CPU, of finished latents."""
-        return (self.model.decode(latents).float() * 255).round().to(torch.uint8).cpu()
+        """The pictures, uint8 on the CPU, of finished latents. Raises UserError on NaN."""
+        decoded = self.model.decode(latents)
+        # As bytes it would be a black picture, on which nothing is shown: the attack would seem to have failed.
+        if not torch.isfinite(decoded).all():
+            raise UserError(
+                f"an attack on '{self.concept.name}' paints NaN: the weights or dtype of the model, or the attack's "
+                "options, are broken"
+            )
+        return (decoded.float() * 255).round().to(torch.uint8).cpu()
 
     @torch.no_grad()
     def painted_by_text(self, rows: Sequence[int], text: Tensor) -> Try:

@@ -59,6 +59,8 @@ class Inversion:
                 lesson.step(step)
                 yield None
             token = lesson.token.detach()
+            if not torch.isfinite(token).all():
+                raise UserError(f"attack {self.name}: what it learned is NaN; try a smaller lr than {self.lr}")
             write_tensor(file, token)
         else:
             token = kept[0].to(scene.model.device)

@@ -41,13 +41,17 @@ def shows(detector: Detector, probabilities: NDArray[Any], label: str) -> NDArra
     """Which of the pictures with these probabilities (N, labels) show the label, (N,).
 
     A label with a threshold is shown from that probability on (equal counts), any other if it is the most probable
-    of its axis. Raises UserError when the detector does not know the label.
+    of its axis. Raises UserError when the detector does not know the label, or answers with NaN, which would be less
+    than any threshold.
     """
     labels = list(detector.labels)
     if label not in labels:
         raise UserError(f"detector {detector.identity} does not know the label '{label}'{nearest(label, labels)}")
     own = labels.index(label)
-    if label in detector.thresholds:
+    alone = label in detector.thresholds
+    axis = [own] if alone else [i for i, other in enumerate(labels) if other.split("/")[0] == label.split("/")[0]]
+    if np.isnan(probabilities[:, axis]).any():
+        raise UserError(f"detector {detector.identity} answers with NaN for '{label}'")
+    if alone:
         return probabilities[:, own] >= detector.thresholds[label]
-    axis = [i for i, other in enumerate(labels) if other.split("/")[0] == label.split("/")[0]]
     return np.asarray(axis)[probabilities[:, axis].argmax(axis=1)] == own
