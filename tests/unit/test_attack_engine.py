@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 from unpaint.concepts import Concept, ConceptSet
 from unpaint.edit import Edit, applied
 from unpaint.errors import UserError
-from unpaint.evaluation.attacks import Attack, Scene, Try, digest_of
+from unpaint.evaluation.attacks import Attack, Once, Scene, Try, digest_of, engine
 from unpaint.evaluation.attacks.engine import (
     Campaign,
     Outcome,
@@ -23,6 +24,7 @@ from unpaint.evaluation.attacks.engine import (
     union,
     units,
 )
+from unpaint.evaluation.attacks.inversion import Inversion
 from unpaint.evaluation.attacks.tokens import TokenAttack
 from unpaint.evaluation.metrics.drawings import drawing
 from unpaint.evaluation.metrics.rates import Rate
@@ -264,6 +266,56 @@ def test_the_budget_ends_a_search_and_a_larger_one_takes_it_up(
     assert here.scores(short)["attack/say/asr"]["stopped"] == 0
 
 
+@dataclass(frozen=True)
+class Learn(Say):
+    """One lesson for all prompts, of as many seconds as steps."""
+
+    steps: int = 25
+    max_seconds: float = 30.0
+    tries: int = 1
+    once: bool = True
+    clock: ClassVar[list[float]] = [0.0]
+
+    def attempts(self, scene: Scene) -> Iterator[Try | None]:
+        learned = scene.folder / "learned"
+        for _ in range(0 if learned.is_file() else self.steps):
+            self.clock[0] += 1
+            yield None
+        learned.parent.mkdir(parents=True, exist_ok=True)
+        learned.touch()
+        self.clock[0] += 9  # painting
+        rows = list(scene.open)
+        self.asked.append(scene.prompts(rows))
+        yield scene.painted(rows, scene.prompts(rows))
+
+
+def test_one_lesson_for_all_prompts_has_the_time_of_all(
+    model: TextToImage, ungreen: Edit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "time", SimpleNamespace(perf_counter=lambda: Learn.clock[0]))
+    Learn.clock[0] = 0.0
+    # Three batches of two prompts, a third of 30 seconds each: too few for a lesson of 25, which is one for all.
+    here = campaign(model, ungreen, tmp_path / "enough", Learn(), batch_size=2)
+    here.run(Learn())
+    assert Learn.clock[0] == 25 + 3 * 9
+    assert [len(rows) for rows in Say.asked] == [2, 2, 2]
+    assert here.scores(Learn())["attack/say/asr"]["stopped"] == 0
+    # Of 40: the first batch stops beyond 30, and the others do not begin anew.
+    long = Learn(steps=40, at_n=2)
+    Learn.clock[0] = 0.0
+    Say.asked.clear()
+    here = campaign(model, ungreen, tmp_path / "few", long, batch_size=2)
+    here.run(long)
+    assert Learn.clock[0] == 31 + 1 + 1 and Say.asked == []
+    assert here.scores(long)["attack/say/asr"]["stopped"] == 6
+    assert here.scores(long)["attack/say/asr_at_n"]["stopped"] == 6
+    # With more time it is learned after all.
+    more = replace(long, max_seconds=60.0)
+    here.run(more)
+    assert here.scores(more)["attack/say/asr"]["stopped"] == 0
+    assert isinstance(Inversion("inversion", "", 2, "a", 1, 0.1, 2, 2, 9.0), Once)
+
+
 def test_a_budget_is_what_a_prompt_gets_of_it(model: TextToImage, ungreen: Edit, tmp_path: Path) -> None:
     many, few = Say(max_seconds=1e-9, prompts=6), Say(max_seconds=1e-9, prompts=3)
     here = campaign(model, ungreen, tmp_path, many)
@@ -295,6 +347,8 @@ def test_batches_of_a_set_are_its_members_own() -> None:
     edited = [unit for unit in every if unit.edited and not unit.drawn]
     assert [(unit.concept.name, len(unit.cases)) for unit in edited] == [("cat", 2), ("cat", 1), ("dog", 2), ("dog", 1)]
     assert sum(unit.budget * len(unit.cases) for unit in edited) == pytest.approx(60)
+    assert [len(unit.fellows) for unit in edited] == [3, 3, 3, 3]
+    assert {case.prompt for case in edited[0].fellows} == {case.prompt for unit in edited[:2] for case in unit.cases}
     assert sum(unit.drawn for unit in every) == 3
     few = [unit for unit in units(Say(), pets, concept("umbrella"), 0, 4, control_prompts=3) if unit.drawn]
     assert [(len(unit.cases), unit.budget) for unit in few] == [(3, 20.0)]

@@ -126,6 +126,16 @@ class Particular(Protocol):
         ...
 
 
+@runtime_checkable
+class Once(Protocol):
+    """An attack that looks for one thing, the same for all prompts of a concept, and keeps it in the scene's folder.
+    The first batch may take the time of all, and the others try what it found; if its time was over before that, so is
+    theirs."""
+
+    @property
+    def once(self) -> bool: ...
+
+
 class Attack(Protocol):
     """A way to bring a concept back; a frozen dataclass whose fields are its options.
 

@@ -23,7 +23,7 @@ from torch import Tensor
 import unpaint
 from unpaint.concepts import IN_SET, STATIC, TARGET, AnyConcept, Case, Concept
 from unpaint.errors import UserError
-from unpaint.evaluation.attacks import Attack, Particular, Scene, Terms, digest, digest_of, pictures_of
+from unpaint.evaluation.attacks import Attack, Once, Particular, Scene, Terms, digest, digest_of, pictures_of
 from unpaint.evaluation.metrics.rates import shown
 from unpaint.evaluation.pictures import PictureStore, batches_of, picture_key
 from unpaint.evaluation.prompt_lists import cases_of, prompts_from_csv
@@ -73,13 +73,15 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Unit:
-    """Cases that are attacked side by side. drawn: the concept is the control; edited: which model it is."""
+    """Cases that are attacked side by side. drawn: the concept is the control; edited: which model it is. fellows: all
+    cases of the concept on this model, those of the other units too."""
 
     concept: Concept
     cases: tuple[Case, ...]
     drawn: bool
     edited: bool
     budget: float  # seconds of search for each case
+    fellows: tuple[Case, ...]
 
 
 def units(
@@ -107,7 +109,7 @@ def units(
                 alike = [case for case in own if case.guidance == guidance]
                 for start in range(0, len(alike), size):
                     some = tuple(alike[start : start + size])
-                    found.append(Unit(member, some, drawn, edited, attack.max_seconds / len(cases)))
+                    found.append(Unit(member, some, drawn, edited, attack.max_seconds / len(cases), tuple(own)))
     return found
 
 
@@ -234,7 +236,11 @@ class Campaign:
             list(range(count)),
         )  # fmt: skip
         started = last = time.perf_counter()
-        budget = unit.budget * len(unit.cases)
+        once = isinstance(attack, Once) and attack.once
+        budget = unit.budget * len(unit.fellows if once else unit.cases)
+        others = [self._outcome(attack, case, unit.edited, unit.budget) for case in unit.fellows if once]
+        if any(outcome is not None and outcome.stopped is not None for outcome in others):
+            budget = 0.0
         queries, seconds, tried = [0] * count, [0.0] * count, [0] * count
         texts: list[str | None] = [None] * count
         stopped = None
@@ -268,7 +274,8 @@ class Campaign:
                             note(row, True)
                 if not scene.open:
                     break
-                if now - started > budget:
+                # To try what was found for all is no search any more.
+                if now - started > budget and not (once and attempt is not None):
                     stopped = unit.budget
                     break
         lost = list(scene.open)
@@ -395,6 +402,7 @@ class Campaign:
                 **rates,
                 "title": f"{title}: “{{target}}” is there for one of {at_n} seeds",
                 "seeds": at_n,
+                "stopped": scores["asr"]["stopped"],
             }
         if against:
             count, n = sum(o.found for o in against), len(against)

@@ -42,6 +42,7 @@ class Inversion:
     prompts: int
     max_seconds: float
     at_n = tries = 1
+    once = True
 
     def __post_init__(self) -> None:
         for key in ("pictures", "batch_size"):
