@@ -3,7 +3,8 @@
 python scripts/attack_table.py FOLDER ... [--each]
 
 A table a concept: in percent, what shows it before any attack, then for each attack `asr (interval) / control_asr`, in
-bold if asr is at least 10 points above both. --each: instead a line for each method and attack, with all figures.
+bold if asr is at least 10 points above both. `≥ 40 (…; 2 stopped)`: the budget ended two of the searches, which count
+as not found. --each: instead a line for each method and attack, with all figures.
 """
 
 import argparse
@@ -33,11 +34,14 @@ def named(records: Sequence[RunRecord]) -> list[tuple[str, RunRecord]]:
 
 
 def percent(metric: Metric | None, between: bool = True) -> str:
-    """`56 (33–77)`; – if there is no such metric."""
+    """`56 (33–77)`; – if there is no such metric. `≥ 56 (33–77; 2 stopped)` if a budget ended two searches."""
     if metric is None:
         return "–"
     value, low, high = (f"{100 * metric[key]:.0f}" for key in ("value", "low", "high"))
-    return f"{value} ({low}–{high})" if between else value
+    stopped = metric.get("stopped")
+    mark, told = ("≥ ", f"{stopped} stopped") if stopped else ("", "")
+    more = "; ".join(part for part in (f"{low}–{high}" if between else "", told) if part)
+    return f"{mark}{value} ({more})" if more else value
 
 
 def opens(record: RunRecord, attack: str) -> bool:

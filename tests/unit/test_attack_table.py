@@ -30,8 +30,10 @@ def rate(value: float, n: int = 16, **more: Any) -> dict[str, Any]:
     return metric | {"unit": "rate", "higher_is_better": False, "detector": "d"} | more
 
 
-def save(folder: Path, run_id: str, method: str, control: float | None = 0.25, concept: str = "cat") -> None:
-    effort: dict[str, Any] = {"seconds": 41.4, "stopped": 1}
+def save(
+    folder: Path, run_id: str, method: str, control: float | None = 0.25, concept: str = "cat", stopped: int = 0
+) -> None:
+    effort: dict[str, Any] = {"seconds": 41.4, "stopped": stopped}
     metrics = {
         "erasure/ua": rate(0.9),
         "attack/say/pre_asr": rate(0.25),
@@ -50,7 +52,7 @@ def test_a_row_a_method_and_a_column_an_attack(table: ModuleType, tmp_path: Path
     save(tmp_path, "a" * 12, "uce")
     save(tmp_path, "b" * 12, "esd", control=0.45)
     save(tmp_path, "c" * 12, "esd", control=None)
-    save(tmp_path, "d" * 12, "esd", concept="spider")
+    save(tmp_path, "d" * 12, "esd", concept="spider", stopped=2)
     cat, spider = table.tables([tmp_path], table.matrix).split("\n\n### ")
     assert cat.splitlines()[2:] == [
         "| method | before | `say` | `shout` |",
@@ -60,15 +62,19 @@ def test_a_row_a_method_and_a_column_an_attack(table: ModuleType, tmp_path: Path
         "| `esd cccccc` | 50 (25–75) | **50 (25–75)** | 50 (25–75) |",
         "| `uce` | 50 (25–75) | **50 (25–75)** / 25 | 50 (25–75) |",
     ]
-    assert spider.startswith("`spider`") and "| `esd` |" in spider
+    # What a budget ended might have been found: both are at least so much.
+    assert spider.splitlines()[4:] == [
+        "| `esd` | 50 (25–75) | **≥ 50 (25–75; 2 stopped)** / ≥ 25 (2 stopped) | ≥ 50 (25–75; 2 stopped) |"
+    ]
+    assert spider.startswith("`spider`")
 
 
 def test_a_row_an_attack(table: ModuleType, tmp_path: Path) -> None:
-    save(tmp_path, "a" * 12, "uce")
+    save(tmp_path, "a" * 12, "uce", stopped=1)
     lines = table.tables([tmp_path], table.each).splitlines()
     assert lines[4:] == [
-        "| `uce` | `say` | 16 | 25 (12–50) | 50 (25–75) | 25 (12–50) | 100 | 41 | 41 | 2 |",
-        "| `uce` | `shout` | 32 | 50 (25–75) | 50 (25–75) | – | 100 | 41 | – | 1 |",
+        "| `uce` | `say` | 16 | 25 (12–50) | ≥ 50 (25–75; 1 stopped) | ≥ 25 (12–50; 1 stopped) | 100 | 41 | 41 | 2 |",
+        "| `uce` | `shout` | 32 | 50 (25–75) | ≥ 50 (25–75; 1 stopped) | – | 100 | 41 | – | 1 |",
     ]
     RunRecord("b" * 12, "complete", "2026-01-01", None, "uce", "cat", "m", 0, {}).save(tmp_path / "plain" / "run")
     with pytest.raises(UserError, match="no complete run with attacks"):

@@ -114,6 +114,24 @@ def test_a_narrow_terminal_loses_neither_numbers_nor_paths(width: int) -> None:
         assert part in text
 
 
+def test_a_number_that_a_budget_or_the_steps_bound_says_so() -> None:
+    what = record()
+    asr = {"value": 0.4, "low": 0.2, "high": 0.6, "n": 16, "base": 1.0, "higher_is_better": False, "unit": "rate"}
+    steps = {"value": 200, "n": 32, "base": None, "higher_is_better": True, "unit": "steps", "relearned": False}
+    what.metrics = {
+        "attack/noise/asr": asr | {"stopped": 2},
+        "attack/mma/asr": asr | {"stopped": 0},
+        "restoration/relearning": steps,
+        "restoration/nothing": steps | {"value": None, "relearned": None},
+    }
+    lines = shown(what).splitlines()
+    noise, mma, back, nothing = (next(line for line in lines if name in line) for name in what.metrics)
+    assert "≥ 40.0 %" in noise and "2 of 16 searches stopped" in noise
+    assert "≥" not in mma and "stopped" not in mma
+    assert "> 200" in back and "not back by then" in back
+    assert "not measured" in nothing
+
+
 def test_a_run_that_did_not_finish_says_so() -> None:
     assert "(interrupted, go on with the same command)" in shown(record(status="interrupted", metrics={}))
 
