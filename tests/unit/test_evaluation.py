@@ -313,6 +313,29 @@ def test_a_file_of_prompts_is_painted_with_its_own_seeds_and_guidance(
         Evaluator(rate, evaluator.detector, evaluator.sampler, prompts_part="retain")
 
 
+def test_a_file_of_prompts_that_no_metric_counts_is_refused(evaluator: Evaluator, tmp_path: Path) -> None:
+    from unpaint.config import compose, instantiate
+
+    file = tmp_path / "prompts.csv"
+    file.write_text("prompt\na cat\n")
+    given = f"evaluator.prompts_csv={file}"
+    static = r"counts its prompts \(static\); add one: \+metric@evaluator\.metrics\.static=static"
+    with pytest.raises(UserError, match=static):
+        instantiate(compose(["evaluator=quick", given]).evaluator)
+    part = "evaluator.prompts_part=out_of_set"
+    with pytest.raises(UserError, match=r"\(out_of_set\); .*ua_out_of_set=ua_out_of_set"):
+        instantiate(compose(["evaluator=quick", given, part]).evaluator)
+    # With what the message names, and where an attack takes the file, it is looked at.
+    for more in (
+        ["evaluator=quick", "+metric@evaluator.metrics.static=static"],
+        ["evaluator=quick", part, "+metric@evaluator.metrics.ua_out_of_set=ua_out_of_set"],
+        ["evaluator=standard"],
+        ["evaluator=quick", "+attack@evaluator.attacks.noise=noise"],
+        ["evaluator=adversarial"],
+    ):
+        assert instantiate(compose([*more, given]).evaluator).prompts_csv == str(file)
+
+
 def test_nan_is_refused_and_not_counted_as_gone(
     evaluator: Evaluator, tiny_pipeline_folder: Path, tmp_path: Path
 ) -> None:

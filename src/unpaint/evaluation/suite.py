@@ -56,7 +56,7 @@ class Evaluator:
     erased can be brought back, None to leave that out; see `restoration`. attacks: any name -> Attack; control: a
     concept that the model never learned, attacked in the same way, None to leave that out; see `attacks`.
     control_prompts: with at most so many prompts, None for as many as the concept.
-    Raises UserError on two metrics or attacks of one name.
+    Raises UserError on two metrics or attacks of one name, and on a file of prompts that nothing looks at.
     """
 
     def __init__(
@@ -98,6 +98,12 @@ class Evaluator:
                 raise UserError(f"evaluator.{key} is at least 1, not {number}")
         if prompts_part not in (STATIC, OUT_OF_SET):
             raise UserError(f"evaluator.prompts_part is {STATIC} or {OUT_OF_SET}, not '{prompts_part}'")
+        if prompts_csv and not self.attacks and not any(prompts_part in metric.parts for metric in self.metrics):
+            name = {STATIC: "static", OUT_OF_SET: "ua_out_of_set"}[prompts_part]
+            raise UserError(
+                f"evaluator.prompts_csv: no metric of this evaluator counts its prompts ({prompts_part}); "
+                f"add one: +metric@evaluator.metrics.{name}={name}"
+            )
 
     def check_model(self, name: str) -> None:
         """Raises UserError if the detector or the control of attacks does not know this model's pictures."""
