@@ -18,6 +18,8 @@ from unpaint.report.gather import gather
 from unpaint.results import RunRecord
 
 Metric = Mapping[str, Any]
+# What its row is called, and the record.
+Named = tuple[str, RunRecord]
 POINTS = 0.1
 
 
@@ -27,10 +29,16 @@ def attacks_of(records: Iterable[RunRecord]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def named(records: Sequence[RunRecord]) -> list[tuple[str, RunRecord]]:
-    """Each record and its method, with the start of the run's id where a method is there twice."""
-    methods = [record.method for record in records]
-    return [(r.method if methods.count(r.method) == 1 else f"{r.method} {r.run_id[:6]}", r) for r in records]
+def named(folder: Path) -> list[Named]:
+    """Every complete run that was attacked, by the name that `compare` gives to its row: the method, and what tells it
+    from the method's other rows. With the start of the run's id where that is there twice."""
+    rows = [(row, run.record) for row in gather(folder).rows for runs in row.runs.values() for run in runs]
+    rows = [(row, record) for row, record in rows if record.status == "complete" and attacks_of([record])]
+    names = [(record.concept, row.name) for row, record in rows]
+    return [
+        (row.name if names.count((record.concept, row.name)) == 1 else f"{row.name} {record.run_id[:6]}", record)
+        for row, record in rows
+    ]
 
 
 def percent(metric: Metric | None, between: bool = True) -> str:
@@ -51,12 +59,12 @@ def opens(record: RunRecord, attack: str) -> bool:
     return asr is not None and asr["value"] >= floor + POINTS - 1e-9
 
 
-def matrix(records: Sequence[RunRecord]) -> Iterator[str]:
+def matrix(records: Sequence[Named]) -> Iterator[str]:
     """Lines of a table: a row a method, a column an attack. `before` is of the attack with most prompts."""
-    attacks = attacks_of(records)
+    attacks = attacks_of(record for _, record in records)
     yield "| method | before | " + " | ".join(f"`{attack}`" for attack in attacks) + " |"
     yield "| --- " * (len(attacks) + 2) + "|"
-    for name, record in named(records):
+    for name, record in records:
         found = [record.metrics.get(f"attack/{attack}/pre_asr") for attack in attacks]
         before = max((metric for metric in found if metric), key=lambda metric: metric["n"], default=None)
         cells = []
@@ -64,14 +72,14 @@ def matrix(records: Sequence[RunRecord]) -> Iterator[str]:
             asr, control = (record.metrics.get(f"attack/{attack}/{key}") for key in ("asr", "control_asr"))
             rate = f"**{percent(asr)}**" if opens(record, attack) else percent(asr)
             cells.append(rate if control is None else f"{rate} / {percent(control, between=False)}")
-        yield f"| `{name}` | {percent(before)} | " + " | ".join(cells) + " |"
+        yield f"| {name} | {percent(before)} | " + " | ".join(cells) + " |"
 
 
-def each(records: Sequence[RunRecord]) -> Iterator[str]:
+def each(records: Sequence[Named]) -> Iterator[str]:
     """Lines of a table: a row a method and attack."""
     yield "| method | attack | n | `pre_asr` | `asr` | `control_asr` | unedited | seconds | its control's | stopped |"
     yield "| --- " * 10 + "|"
-    for name, record in named(records):
+    for name, record in records:
         for attack in attacks_of([record]):
             pre, asr, control = (
                 record.metrics.get(f"attack/{attack}/{key}") for key in ("pre_asr", "asr", "control_asr")
@@ -81,19 +89,18 @@ def each(records: Sequence[RunRecord]) -> Iterator[str]:
             seconds = "–" if control is None else f"{control['seconds']:.0f}"
             stopped = asr["stopped"] + (control["stopped"] if control else 0)
             rates = f"{percent(pre)} | {percent(asr)} | {percent(control)} | {100 * asr['base']:.0f}"
-            yield f"| `{name}` | `{attack}` | {asr['n']} | {rates} | {asr['seconds']:.0f} | {seconds} | {stopped} |"
+            yield f"| {name} | `{attack}` | {asr['n']} | {rates} | {asr['seconds']:.0f} | {seconds} | {stopped} |"
 
 
 def tables(folders: Sequence[Path], lines_of: Any) -> str:
     """Markdown, a table a concept. Raises UserError if no complete run of the folders was attacked."""
-    runs = [run.record for folder in folders for run in gather(folder).runs if run.record.status == "complete"]
-    attacked = [record for record in runs if attacks_of([record])]
+    attacked = [found for folder in folders for found in named(folder)]
     if not attacked:
         raise UserError(f"no complete run with attacks in {', '.join(map(str, folders))}")
     parts = []
-    for concept in sorted({record.concept for record in attacked}):
-        own = [record for record in attacked if record.concept == concept]
-        parts.append(f"### `{concept}`\n\n" + "\n".join(lines_of(sorted(own, key=lambda r: (r.method, r.run_id)))))
+    for concept in sorted({record.concept for _, record in attacked}):
+        own = sorted((name, record.run_id, record) for name, record in attacked if record.concept == concept)
+        parts.append(f"### `{concept}`\n\n" + "\n".join(lines_of([(name, record) for name, _, record in own])))
     return "\n\n".join(parts)
 
 

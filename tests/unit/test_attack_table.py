@@ -58,13 +58,13 @@ def test_a_row_a_method_and_a_column_an_attack(table: ModuleType, tmp_path: Path
         "| method | before | `say` | `shout` |",
         "| --- | --- | --- | --- |",
         # Ten points above both, what shows it anyway and the control, is bold.
-        "| `esd bbbbbb` | 50 (25–75) | 50 (25–75) / 45 | 50 (25–75) |",
-        "| `esd cccccc` | 50 (25–75) | **50 (25–75)** | 50 (25–75) |",
-        "| `uce` | 50 (25–75) | **50 (25–75)** / 25 | 50 (25–75) |",
+        "| esd (lr=bbbbbbbbbbbb) | 50 (25–75) | 50 (25–75) / 45 | 50 (25–75) |",
+        "| esd (lr=cccccccccccc) | 50 (25–75) | **50 (25–75)** | 50 (25–75) |",
+        "| uce | 50 (25–75) | **50 (25–75)** / 25 | 50 (25–75) |",
     ]
     # What a budget ended might have been found: both are at least so much.
     assert spider.splitlines()[4:] == [
-        "| `esd` | 50 (25–75) | **≥ 50 (25–75; 2 stopped)** / ≥ 25 (2 stopped) | ≥ 50 (25–75; 2 stopped) |"
+        "| esd (lr=dddddddddddd) | 50 (25–75) | **≥ 50 (25–75; 2 stopped)** / ≥ 25 (2 stopped) | ≥ 50 (25–75; 2 stopped) |"
     ]
     assert spider.startswith("`spider`")
 
@@ -73,8 +73,8 @@ def test_a_row_an_attack(table: ModuleType, tmp_path: Path) -> None:
     save(tmp_path, "a" * 12, "uce", stopped=1)
     lines = table.tables([tmp_path], table.each).splitlines()
     assert lines[4:] == [
-        "| `uce` | `say` | 16 | 25 (12–50) | ≥ 50 (25–75; 1 stopped) | ≥ 25 (12–50; 1 stopped) | 100 | 41 | 41 | 2 |",
-        "| `uce` | `shout` | 32 | 50 (25–75) | ≥ 50 (25–75; 1 stopped) | – | 100 | 41 | – | 1 |",
+        "| uce | `say` | 16 | 25 (12–50) | ≥ 50 (25–75; 1 stopped) | ≥ 25 (12–50; 1 stopped) | 100 | 41 | 41 | 2 |",
+        "| uce | `shout` | 32 | 50 (25–75) | ≥ 50 (25–75; 1 stopped) | – | 100 | 41 | – | 1 |",
     ]
     RunRecord("b" * 12, "complete", "2026-01-01", None, "uce", "cat", "m", 0, {}).save(tmp_path / "plain" / "run")
     with pytest.raises(UserError, match="no complete run with attacks"):
