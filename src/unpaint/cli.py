@@ -257,7 +257,7 @@ def _job_of(sweep: "Sweep", command: str, cfg: "DictConfig") -> list[float] | No
     """A job of a sweep, in whatever process: goes on past what fails. Returns what a sweeper may optimise."""
     from hydra.core.hydra_config import HydraConfig
 
-    from unpaint.config import run_folder
+    from unpaint.config import run_folder, starts_over
     from unpaint.sweep import known
 
     hydra = HydraConfig.get()
@@ -265,7 +265,7 @@ def _job_of(sweep: "Sweep", command: str, cfg: "DictConfig") -> list[float] | No
         try:
             folder = run_folder(cfg)
             job.folder = str(folder)
-            was_there = command != "erase" and not cfg.part and not cfg.force and known(folder)
+            was_there = command != "erase" and not cfg.part and not starts_over(cfg) and known(folder)
             if cfg.logger.name == "wandb" and cfg.logger.group is None:
                 cfg.logger.group = sweep.name
             record = _job(command, cfg)

@@ -508,6 +508,12 @@ def part_of(cfg: DictConfig) -> slice | None:
     return slice(int(found[1]) - 1, None, int(found[2]))
 
 
+def starts_over(cfg: DictConfig) -> bool:
+    """Whether `cfg.force` is to be obeyed. Not by a job that SLURM starts once more, with the same command: it goes on
+    with what it did before its time was up."""
+    return bool(cfg.force) and os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
+
+
 # --- identity
 
 

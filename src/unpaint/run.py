@@ -21,7 +21,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from unpaint.concepts import AnyConcept, Concept
-from unpaint.config import edit_id, identity, instantiate, model_folder, part_of, run_folder, run_id
+from unpaint.config import edit_id, identity, instantiate, model_folder, part_of, run_folder, run_id, starts_over
 from unpaint.edit_header import read_header
 from unpaint.errors import UserError, environment_fault
 from unpaint.evaluation.heat import heat_map
@@ -32,7 +32,7 @@ from unpaint.methods.base import Method
 from unpaint.progress import close_all
 from unpaint.report.terminal import show
 from unpaint.results import FILE_NAME, RunLock, RunRecord, environment, write_json
-from unpaint.training.launch import is_rank_zero, new_trainer
+from unpaint.training.launch import all_or_none, is_rank_zero, new_trainer
 from unpaint.training.tracking import Tracking, harmless, tracking
 
 
@@ -79,9 +79,9 @@ def erase(cfg: DictConfig) -> Path:
         except UserError as error:
             raise UserError(f"{error}; to erase without measuring: probes=0") from error
     with _locked(this):
-        if cfg.force:
+        if starts_over(cfg):
             _forget(this)
-        if not _edit_is_there(this):
+        if starts_over(cfg) or not _edit_is_there(this):
             with tracking(cfg, this.folder, run_id(cfg), "erase") as track:
                 with _model(this) as model:
                     _erased(this, model, track)
@@ -139,10 +139,17 @@ def _prepared(cfg: DictConfig) -> Run:
     # One by one a method meets the members, and never the set.
     for one in (concept,) if method.mode == "joint" else concept.members:
         method.check(one)
-    if cfg.model.dtype != "float32" and "mixed" not in str(cfg.trainer.precision):
+    precision = str(cfg.trainer.precision)
+    if precision in ("16-mixed", "16"):
+        # Lightning scales the loss, and divides by the scale what a method may have got without it.
+        raise UserError(
+            f"trainer.precision={precision} scales the loss, which spoils gradients that a method computes itself; "
+            "use trainer.precision=bf16-mixed"
+        )
+    if cfg.model.dtype != "float32" and precision not in ("bf16-mixed", "bf16"):
         raise UserError(
             f"model.dtype={cfg.model.dtype}: what is trained stays in float32, which takes "
-            f"trainer.precision=bf16-mixed (or 16-mixed), not {cfg.trainer.precision}"
+            f"trainer.precision=bf16-mixed, not {precision}"
         )
     return Run(cfg, run_folder(cfg), concept, method, instantiate(cfg.evaluator, cfg.plugins))
 
@@ -156,6 +163,11 @@ def _given(cfg: DictConfig) -> Run:
 def _check_judges(this: Run) -> None:
     this.evaluator.check_model(str(this.cfg.model.name))
     this.evaluator.plan(this.concept, int(this.cfg.seed))
+    if this.evaluator.relearning is not None and this.cfg.model.dtype != "float32":
+        raise UserError(
+            f"relearning trains all weights in float32, and model.dtype={this.cfg.model.dtype}; leave it out: "
+            "evaluator.relearning=null"
+        )
     source = model_folder(this.cfg.model) or this.cfg.model.hub
     this.evaluator.check_attacks(str(source), this.concept, int(this.cfg.seed))
 
@@ -163,7 +175,7 @@ def _check_judges(this: Run) -> None:
 def _finished(this: Run) -> RunRecord | None:
     """The record of a run that is complete and need not be done again."""
     file = this.folder / FILE_NAME
-    if this.cfg.force:
+    if starts_over(this.cfg):
         _forget(this)
         return None
     if not file.exists():
@@ -182,7 +194,8 @@ def _forget(this: Run) -> None:
         for file in (this.edit_file, *_cached_edit(this), *parts):
             file.unlink(missing_ok=True)
         shutil.rmtree(this.folder / "edits", ignore_errors=True)
-    shutil.rmtree(this.folder / "checkpoints", ignore_errors=True)
+    for name in ("checkpoints", "log"):
+        shutil.rmtree(this.folder / name, ignore_errors=True)
 
 
 @contextmanager
@@ -303,7 +316,8 @@ def _erased(this: Run, model: Any, track: Tracking) -> dict[str, Any]:
     a member, each made from the unedited model, and their sum; `sequential`, one member after the other.
     """
     cached, cost_file = _cached_edit(this)
-    if _edit_is_there(this):
+    # Starting over, no rank looks for what rank 0 may not have come to remove yet: an edit, a member's, a saved state.
+    if not starts_over(this.cfg) and _edit_is_there(this):
         return json.loads(cost_file.read_text())
     assert this.method is not None
     members = this.concept.members
@@ -328,20 +342,28 @@ def _made_in_parts(this: Run, model: Any, track: Tracking, members: tuple[Concep
     costs: list[dict[str, Any]] = []
     for i, member in enumerate(members):
         file, cost_file = _cached_edit(this, member.name)
-        try:
-            edit, cost = Edit.load(file), json.loads(cost_file.read_text())
-        except (UserError, OSError, ValueError):
+        found = None if starts_over(this.cfg) else _loaded(file, cost_file)
+        if found is None:
             others = () if one_by_one else members[:i] + members[i + 1 :]
-            edit, cost = _made(this, model, member, track, others, edits[-1] if one_by_one and edits else None)
+            found = _made(this, model, member, track, others, edits[-1] if one_by_one and edits else None)
             if is_rank_zero():
-                edit.save(file)
-                write_json(cost_file, cost)
-        edits.append(edit)
-        costs.append(cost)
+                found[0].save(file)
+                write_json(cost_file, found[1])
+        edits.append(found[0])
+        costs.append(found[1])
     method, config = str(this.cfg.method.name), identity(this.cfg)
     parts = edits[-1:] if one_by_one else edits
     whole = Edit.total(model.pipe, parts, method=method, concept=this.concept.name, config=config)
     return whole, _cost_of_all(costs, whole)
+
+
+def _loaded(file: Path, cost_file: Path) -> tuple[Any, dict[str, Any]] | None:
+    from unpaint.edit import Edit
+
+    try:
+        return Edit.load(file), json.loads(cost_file.read_text())
+    except (UserError, OSError, ValueError):
+        return None
 
 
 def _cost_of_all(costs: list[dict[str, Any]], edit: Any) -> dict[str, Any]:
@@ -369,6 +391,7 @@ def _made(
     name = "last" if concept is this.concept else concept.name
     state = this.folder / "checkpoints" / f"{name}.ckpt"
     state.parent.mkdir(parents=True, exist_ok=True)
+    goes_on = state.exists() and not starts_over(cfg)
     assert this.method is not None
     module = Erasing(this.method, model, concept, int(cfg.seed), identity(cfg), this.cache, beside, start)
     callbacks: list[Any] = [ShowProgress(f"erasing {concept.target} with {this.method.name}")]
@@ -379,9 +402,9 @@ def _made(
     save_state = SaveState(state, cfg.checkpoint_seconds)
     callbacks += [save_state, Leaving(save_state.save)]
     part = "" if concept is this.concept else f"{concept.name}_"
-    curves = f"{part}from_step_{_steps_in(state) if cfg.logger.name == 'csv' else 0}"
+    curves = f"{part}from_step_{_steps_in(state) if goes_on and cfg.logger.name == 'csv' else 0}"
     trainer = new_trainer(cfg, this.folder, callbacks, track.curves(curves))
-    trainer.fit(module, ckpt_path=state if state.exists() else None, weights_only=True)
+    trainer.fit(module, ckpt_path=state if goes_on else None, weights_only=True)
     started = time.perf_counter()
     edit = module.finish()
     cost = {
@@ -402,8 +425,6 @@ def _made(
 def _steps_in(state: Path) -> int:
     import torch
 
-    if not state.exists():
-        return 0
     try:
         return int(torch.load(state, map_location="cpu", weights_only=True, mmap=True)["unpaint"]["steps_done"])
     except (RuntimeError, EOFError, KeyError, UnpicklingError) as error:
@@ -462,8 +483,9 @@ def _painted(this: Run, model: Any, edit_file: Path, share: slice = slice(None))
     finally:
         edit.remove(model.pipe)
     if cfg.part is None:
-        evaluator.attack(model, edit, this.concept, int(cfg.seed), this.cache, trainer.global_rank, trainer.world_size)
-        trainer.strategy.barrier()
+        rank, world = trainer.global_rank, trainer.world_size
+        with all_or_none(trainer.strategy):
+            evaluator.attack(model, edit, this.concept, int(cfg.seed), this.cache, rank, world)
     return Painted(store, batches, base, edited, edit, time.perf_counter() - started, trainer.world_size)
 
 
