@@ -8,6 +8,11 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from unpaint.training import launch
+
+# Only the first trainer of a process starts others; they are the ranks of all trainers after it.
+_launchers: list[Any] = []
+
 
 class Leaving(Callback):
     """On SIGTERM, and on those of SIGUSR1 and SIGUSR2 that somebody handles, the step or batch at hand is finished and
@@ -25,18 +30,22 @@ class Leaving(Callback):
         self.before = {n: handler for n, handler in before.items() if n == signal.SIGTERM or callable(handler)}
         self.told = self.saved = 0
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if getattr(launcher := trainer.strategy.launcher, "procs", None) and launcher not in _launchers:
+            _launchers.append(launcher)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._listen(trainer)
+        self._listen()
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._listen(trainer)
+        self._listen()
 
-    def _listen(self, trainer: Trainer) -> None:
+    def _listen(self) -> None:
         def note(number: int, frame: FrameType | None) -> None:
             self.told = number
             # Processes that Lightning started get their signals from here.
-            if trainer.strategy.launcher is not None:
-                trainer.strategy.launcher.kill(number)
+            for launcher in _launchers:
+                launcher.kill(number)
 
         if threading.current_thread() is threading.main_thread():
             for number in self.before:
@@ -67,4 +76,5 @@ class Leaving(Callback):
         if callable(handler := self.before.get(number)):
             handler(number, None)  # submitit's for SIGTERM, say, returns: the job goes on until it is killed
         else:
-            raise SystemExit(128 + number)
+            # If one of its own ends otherwise than well, Lightning kills the rank that started it, whatever it is at.
+            raise SystemExit(0 if launch.started_by_lightning else 128 + number)
