@@ -98,6 +98,24 @@ def test_v_prediction_models_are_erased_too(variant: str, tiny_v_pipeline_folder
     assert made_by("esd", options, tmp_path).changed_parameters > 0
 
 
+HALF = ["model.dtype=bfloat16", "trainer.precision=bf16-mixed"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_in_bfloat16_is_erased_too(method: str, options: list[str], tmp_path: Path) -> None:
+    few = ["bank_size", "pictures", "anchor_pictures", "prior_pictures", "forget_size", "retain_size"]
+    cfg = config(method, [*options, *(f"method.{key}=16" for key in few)], tmp_path, *HALF)
+    edit = Edit.load(erase(cfg))
+    assert (edit.changed_parameters > 0) == (instantiate(cfg.method).steps > 0)
+    edit.apply(load_model(cfg.model).pipe)
+
+
+@pytest.mark.parametrize("latents", ["bank", "fresh"])
+def test_latents_of_a_model_in_bfloat16(latents: str, options: list[str], tmp_path: Path) -> None:
+    more = [f"method.latents={latents}", "method.bank_size=16", *HALF]
+    assert made_by("esd", options, tmp_path, *more).changed_parameters > 0
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_stopped_after_its_first_step_and_resumed_it_makes_the_same_file(
     method: str, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

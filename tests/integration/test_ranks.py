@@ -87,6 +87,20 @@ def test_every_method_on_two_ranks(method: str, edits: Path) -> None:
     assert other <= 0.01 * alone.changed_parameters
 
 
+def test_a_share_of_fewer_batches_than_ranks(edits: Path) -> None:
+    pictures = list((edits / "2" / "part" / ".cache" / "pictures").glob("*/*.safetensors"))
+    # One batch of the unedited model's, one of the edited one's.
+    assert len(pictures) == len({file.parent for file in pictures}) == 2
+
+
+def test_ranks_wait_long_and_fail_together(edits: Path) -> None:
+    first, second = (json.loads((edits / "2" / f"found-{rank}.json").read_text()) for rank in (0, 1))
+    assert first["error"] == "rank 0 cannot begin"
+    assert second["error"] == "another process of this run failed; its message says why"
+    # The default is half an hour, and one rank may attack or prepare alone for longer.
+    assert min(first["hours"], second["hours"]) >= 24
+
+
 def run(outputs: Path, *options: str) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-m", "unpaint", *options, f"outputs={outputs}"], capture_output=True, text=True

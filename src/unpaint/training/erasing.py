@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from unpaint.edit import Edit
 from unpaint.methods.base import Job, Method
 from unpaint.model import TextToImage
 from unpaint.progress import bar
+from unpaint.training.launch import all_or_none
 
 
 class Erasing(LightningModule):
@@ -57,7 +58,7 @@ class Erasing(LightningModule):
     def setup(self, stage: str) -> None:
         """Rank 0 prepares first, so that what it leaves in the cache is there for the others."""
         model = self.text_to_image.to(self.trainer.strategy.root_device)
-        started = time.perf_counter()
+        started = self.now()
         model.pipe.unet.requires_grad_(False)
         self.unedited = model.base_weights(self.method.group)
         self.weights = model.group(self.method.group)
@@ -68,12 +69,26 @@ class Erasing(LightningModule):
             parameter.requires_grad_(True)
         self.base = model.base_weights(self.method.group) if self.start is not None else self.unedited
         for turn in (True, False):
-            if self.trainer.is_global_zero == turn:
-                self.method.begin(self._job())
-            self.trainer.strategy.barrier()
+            with all_or_none(self.trainer.strategy), self.mixed():
+                if self.trainer.is_global_zero == turn:
+                    self.method.begin(self._job())
         self.trained = nn.ParameterList(self.weights.values())
         self.own = self.method.own
-        self.seconds += time.perf_counter() - started
+        self.seconds += self.now() - started
+
+    def now(self) -> float:
+        """The time in seconds, once the device has done all that it was asked to: a GPU works through a queue."""
+        device = self.text_to_image.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    def mixed(self) -> AbstractContextManager[None]:
+        """For what Lightning does not run in the precision of the steps. In a model of lower precision the weights
+        that are trained, in float32, meet inputs that are not."""
+        if self.text_to_image.dtype == torch.float32:
+            return nullcontext()
+        return self.trainer.precision_plugin.forward_context()
 
     def _job(self) -> Job:
         rank, world = self.trainer.global_rank, self.trainer.world_size
@@ -161,10 +176,10 @@ class Erasing(LightningModule):
         return batch
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        started = time.perf_counter()
+        started = self.now()
         logs = self.method.step(batch)
         self.steps_done += 1
-        self.seconds += time.perf_counter() - started
+        self.seconds += self.now() - started
         self.log_dict({f"erase/{name}": value for name, value in logs.items()}, batch_size=1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -190,9 +205,10 @@ class Steps:
     def __iter__(self) -> Iterator[Any]:
         batches = self.module.method.batches(self.module.steps_done)
         while True:
-            started = time.perf_counter()
-            batch = next(batches, None)
-            self.module.seconds += time.perf_counter() - started
+            started = self.module.now()
+            with self.module.mixed():
+                batch = next(batches, None)
+            self.module.seconds += self.module.now() - started
             if batch is None:
                 return
             yield batch
