@@ -350,7 +350,7 @@ def test_runs_that_differ_in_attacks_or_relearning_are_not_the_same_run(tmp_path
     )
     assert summary.gathered.faults == []
     (row,) = summary.gathered.rows
-    assert [run.record.run_id[0] for run in row.runs[0]] == ["b", "c", "a"]
+    assert [run.record.run_id[0] for run in row.runs[0]] == ["c", "a", "b"]
     assert {"attack/noise/asr", "restoration/relearning", "erasure/ua"} <= set(summary.rows["metric"])
     assert set(summary.rows["seeds"]) == {1}
 

@@ -60,8 +60,8 @@ class Protocol:
 @dataclass(frozen=True)
 class Row:
     """Runs that differ in their seed only, by seed; several of one seed were asked for other metrics or attacks, and
-    the one with most comes first. variant: the settings that tell it from the method's other rows of the concept, empty
-    if there are none."""
+    the one with most metrics comes first. variant: the settings that tell it from the method's other rows of the
+    concept, empty if there are none."""
 
     protocol: int
     concept: str
@@ -284,10 +284,15 @@ def _rows(protocol: int, alike: Protocol) -> list[Row]:
                 if key in runs[0].settings
             )
             seeds: dict[int, list[Run]] = {}
-            for run in sorted(runs, key=lambda run: (run.record.seed, -len(run.record.metrics), run.record.run_id)):
+            for run in sorted(runs, key=lambda run: (run.record.seed, -_measured(run), run.record.run_id)):
                 seeds.setdefault(run.record.seed, []).append(run)
             rows.append(Row(protocol, concept, method, variant, seeds))
     return sorted(rows, key=lambda row: (row.concept, row.method, row.variant))
+
+
+def _measured(run: Run) -> int:
+    """How many metrics it has, attacks aside: they are asked of few concepts, often by a run that has little else."""
+    return sum(not name.startswith("attack/") for name in run.record.metrics)
 
 
 def _telling(method: str, by_concept: Mapping[tuple[str, str], Mapping[str, Sequence[Run]]]) -> list[str]:

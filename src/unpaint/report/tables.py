@@ -365,24 +365,37 @@ def write_markdown(summary: Summary, path: Path) -> Path:
 
 
 def markdown(summary: Summary) -> list[str]:
-    """Headings and tables, as paragraphs."""
+    """Headings and tables, as paragraphs; what attacks came to has a table of its own."""
     parts = []
     for section in sections(summary):
         columns = compact(summary, section)
-        place = "score" if summary.weights else "front"
-        head = [
-            "method",
-            place,
-            "concepts" if section.concept is None else "seeds",
-            *(heading(name) for name in columns),
+        attacks = [name for name in columns if name.startswith("attack/")]
+        parts += [
+            f"## {title(summary, section)}",
+            _grid(summary, section, section.lines, [name for name in columns if name not in attacks]),
         ]
-        base = [UNEDITED, "", "", *(text(section.base.get(name, {})) for name in columns)]
-        lines = [head, ["---", *["---:"] * (len(head) - 1)], base]
-        for line in section.lines:
-            own = line["score"] if summary.weights else line["rank"]
-            shown = "–" if own is None or pd.isna(own) else f"{own:.3f}" if summary.weights else str(own)
-            cells = (_with_interval(line["cells"].get(name, {})) for name in columns)
-            lines.append([name_of(line), shown, seeds_of(summary, section, line), *cells])
-        rows = ("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-        parts += [f"## {title(summary, section)}", "\n".join(rows)]
+        if attacks:
+            attacked = [line for line in section.lines if any(name in line["cells"] for name in attacks)]
+            parts += [_attacked(section, attacked, attacks), _grid(summary, section, attacked, attacks)]
     return parts
+
+
+def _attacked(section: Section, lines: Sequence[Mapping[str, Any]], attacks: Sequence[str]) -> str:
+    if section.concept is not None:
+        return "After attacks:"
+    counts = {int(line["cells"][name]["concepts"]) for line in lines for name in attacks if name in line["cells"]}
+    return f"After attacks, of {' or '.join(map(str, sorted(counts)))} of the concepts:"
+
+
+def _grid(summary: Summary, section: Section, lines: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    place = "score" if summary.weights else "front"
+    seeds = "concepts" if section.concept is None else "seeds"
+    head = ["method", place, seeds, *(heading(name) for name in columns)]
+    base = [UNEDITED, "", "", *(text(section.base.get(name, {})) for name in columns)]
+    rows = [head, ["---", *["---:"] * (len(head) - 1)], base]
+    for line in lines:
+        own = line["score"] if summary.weights else line["rank"]
+        shown = "–" if own is None or pd.isna(own) else f"{own:.3f}" if summary.weights else str(own)
+        cells = (_with_interval(line["cells"].get(name, {})) for name in columns)
+        rows.append([name_of(line), shown, seeds_of(summary, section, line), *cells])
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
