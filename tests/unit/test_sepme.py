@@ -113,6 +113,12 @@ def test_dimensions_left(begun: Begun, short: str) -> None:
     torch.testing.assert_close(method.own.basis @ method.own.basis.T, torch.eye(17), atol=1e-6, rtol=0)
     method, _ = begun(*FEW, short, "method.protect=in_domain", "method.protect_share=0.25")
     assert len(method.own.basis) == 32 - 6 - 6  # a quarter of 26
+    # The two members beside it have taken 9 of the 26 already, which is more than that quarter.
+    again(method, beside=(concept("dog"), concept("fish")))
+    assert len(method.own.basis) == 17
+    method, _ = begun(*FEW, short, "method.protect=in_domain", "method.protect_share=0.5")
+    again(method, beside=(concept("dog"), concept("fish")))
+    assert len(method.own.basis) == 13
 
 
 def test_too_few_dimensions_are_refused(begun: Begun, short: str) -> None:

@@ -70,8 +70,8 @@ class SepME:
     What must not move, for `separable`: the blank prompt and the first `decouple` prompts (bare words first) of each
     concept in `job.beside`, or, if there is none and `neighbours` is set, of each of the concept's neighbours. Singular
     values of their text states below `tolerance` times the largest count as zero. `protect` names retained concepts
-    all of whose prompts are held as still as can be by giving up `protect_share` of the dimensions left. Fewer than
-    `least_dimensions` in the end is a UserError.
+    all of whose prompts are held as still as can be by giving up dimensions, until `protect_share` of those that the
+    blank prompt leaves are gone. Fewer than `least_dimensions` in the end is a UserError.
 
     `prompts`: train on `all` erasing prompts or on the bare `concept`; `pictures` of them are painted by the unedited
     model with `sampling_steps` of DDIM at `sampling_guidance`. `basis_scale` is beta, `drift_weight` lambda,
@@ -177,7 +177,9 @@ class SepME:
         basis = null_space(states, self.tolerance)
         left = len(basis)
         if protected:
-            basis = stillest(basis, self._states(protected), left - int(self.protect_share * left))
+            # What prompts that must not move have taken is no loss a second time.
+            alone = len(null_space(self._states([""]), self.tolerance))
+            basis = stillest(basis, self._states(protected), min(left, alone - int(self.protect_share * alone)))
         lacking = ""
         if len(basis) < self.least_dimensions:
             lacking = f"method.least_dimensions={self.least_dimensions}"
