@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +145,24 @@ def small(tiny_pipeline_folder: Path) -> list[str]:
         "concept.evaluation.per_label=2",
         "evaluator.sampler.steps=2",
     ]
+
+
+@pytest.fixture
+def stopping(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextManager[None]]:
+    """What trains within `with stopping():` ends by InterruptedError once the state of its first step is saved."""
+    from unpaint.training.erasing import SaveState
+
+    save = SaveState.on_train_batch_end
+
+    def save_and_stop(self: SaveState, *arguments: Any) -> None:
+        save(self, *arguments)
+        raise InterruptedError
+
+    @contextmanager
+    def stop() -> Iterator[None]:
+        with monkeypatch.context() as context:
+            context.setattr(SaveState, "on_train_batch_end", save_and_stop)
+            with pytest.raises(InterruptedError):
+                yield
+
+    return stop

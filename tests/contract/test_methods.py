@@ -1,6 +1,7 @@
 """What holds for every method: walks conf/method/*, so a new method is tested by being there."""
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -118,20 +119,12 @@ def test_latents_of_a_model_in_bfloat16(latents: str, options: list[str], tmp_pa
 
 @pytest.mark.parametrize("method", METHODS)
 def test_stopped_after_its_first_step_and_resumed_it_makes_the_same_file(
-    method: str, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, options: list[str], tmp_path: Path, stopping: Callable[[], AbstractContextManager[None]]
 ) -> None:
     whole = erase(config(method, options, tmp_path / "whole")).read_bytes()
     cfg = config(method, options, tmp_path / "stopped", "checkpoint_seconds=0")
-    save = SaveState.on_train_batch_end
-
-    def save_and_stop(self: SaveState, *arguments: Any) -> None:
-        save(self, *arguments)
-        raise InterruptedError
-
-    with monkeypatch.context() as context:
-        context.setattr(SaveState, "on_train_batch_end", save_and_stop)
-        with pytest.raises(InterruptedError) if instantiate(cfg.method).steps else nullcontext():
-            erase(cfg)
+    with stopping() if instantiate(cfg.method).steps else nullcontext():
+        erase(cfg)
     assert erase(cfg).read_bytes() == whole
 
 

@@ -1,7 +1,8 @@
 """force=true: what starts over, and what does not although it says so; and what a run refuses before it paints."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import pytest
 from omegaconf import DictConfig
@@ -9,24 +10,12 @@ from omegaconf import DictConfig
 from unpaint import run
 from unpaint.config import compose
 from unpaint.errors import UserError
-from unpaint.training.erasing import SaveState
+
+Stopping = Callable[[], AbstractContextManager[None]]
 
 
 def config(small: list[str], outputs: Path, *more: str) -> DictConfig:
     return compose([*small, "method.steps=2", "checkpoint_seconds=0", "force=true", f"outputs={outputs}", *more])
-
-
-def stopped_after_a_step(cfg: DictConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    save = SaveState.on_train_batch_end
-
-    def save_and_stop(self: SaveState, *arguments: Any) -> None:
-        save(self, *arguments)
-        raise InterruptedError
-
-    with monkeypatch.context() as context:
-        context.setattr(SaveState, "on_train_batch_end", save_and_stop)
-        with pytest.raises(InterruptedError):
-            run.erase(cfg)
 
 
 def began_at(outputs: Path) -> set[str]:
@@ -40,10 +29,11 @@ def made(outputs: Path) -> int:
 
 
 def test_a_job_that_slurm_starts_once_more_goes_on(
-    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopping: Stopping
 ) -> None:
     cfg = config(small, tmp_path)
-    stopped_after_a_step(cfg, monkeypatch)
+    with stopping():
+        run.erase(cfg)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     run.erase(cfg)
     assert began_at(tmp_path) == {"from_step_0", "from_step_1"}
@@ -57,7 +47,7 @@ def test_a_job_that_slurm_starts_once_more_goes_on(
 
 
 def test_a_rank_does_not_take_what_rank_0_has_yet_to_remove(
-    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopping: Stopping
 ) -> None:
     cfg = config(small, tmp_path)
     run.erase(cfg)
@@ -68,7 +58,8 @@ def test_a_rank_does_not_take_what_rank_0_has_yet_to_remove(
     assert made(tmp_path) > before
     for file in tmp_path.glob(".cache/edits/*"):
         file.unlink()
-    stopped_after_a_step(cfg, monkeypatch)
+    with stopping():
+        run.erase(cfg)
     run.erase(cfg)
     assert began_at(tmp_path) == {"from_step_0"}
 

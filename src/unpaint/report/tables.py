@@ -376,7 +376,7 @@ def markdown(summary: Summary) -> list[str]:
         ]
         if attacks:
             attacked = [line for line in section.lines if any(name in line["cells"] for name in attacks)]
-            parts += [_attacked(section, attacked, attacks), _grid(summary, section, attacked, attacks)]
+            parts += [_attacked(section, attacked, attacks), _grid(summary, section, attacked, attacks, placed=False)]
     return parts
 
 
@@ -387,15 +387,18 @@ def _attacked(section: Section, lines: Sequence[Mapping[str, Any]], attacks: Seq
     return f"After attacks, of {' or '.join(map(str, sorted(counts)))} of the concepts:"
 
 
-def _grid(summary: Summary, section: Section, lines: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+def _grid(
+    summary: Summary, section: Section, lines: Sequence[Mapping[str, Any]], columns: Sequence[str], placed: bool = True
+) -> str:
+    """placed: with the rank, or the score, and the number of concepts or seeds, which are those of the whole row."""
     place = "score" if summary.weights else "front"
     seeds = "concepts" if section.concept is None else "seeds"
-    head = ["method", place, seeds, *(heading(name) for name in columns)]
-    base = [UNEDITED, "", "", *(text(section.base.get(name, {})) for name in columns)]
+    head = ["method", *([place, seeds] if placed else []), *(heading(name) for name in columns)]
+    base = [UNEDITED, *(["", ""] if placed else []), *(text(section.base.get(name, {})) for name in columns)]
     rows = [head, ["---", *["---:"] * (len(head) - 1)], base]
     for line in lines:
         own = line["score"] if summary.weights else line["rank"]
         shown = "–" if own is None or pd.isna(own) else f"{own:.3f}" if summary.weights else str(own)
         cells = (_with_interval(line["cells"].get(name, {})) for name in columns)
-        rows.append([name_of(line), shown, seeds_of(summary, section, line), *cells])
+        rows.append([name_of(line), *([shown, seeds_of(summary, section, line)] if placed else []), *cells])
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)

@@ -41,8 +41,9 @@ class Lpips:
             from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
             # Each rank asks for its own pictures.
-            options = {"reduction": "none", "normalize": True, "sync_on_compute": False}
-            self._network = LearnedPerceptualImagePatchSimilarity(self.net, **options)
+            self._network = LearnedPerceptualImagePatchSimilarity(
+                self.net, reduction="none", normalize=True, sync_on_compute=False
+            )
         network = self._network.to(pictures.device)
         network.reset()
         with torch.inference_mode():
