@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from unpaint.concepts import Case
+from unpaint.cases import Case
 from unpaint.config import compose, instantiate
 from unpaint.edit import Edit
 from unpaint.evaluation.attacks.engine import Campaign
@@ -42,7 +42,8 @@ from unpaint.methods.esd import GROUPS as ESD_VARIANTS
 from unpaint.model import load_model
 from unpaint.picturebook.world import STYLES
 from unpaint.run import run
-from unpaint.sampling import Sampler, paint, seed_of
+from unpaint.sampling import Sampler, paint
+from unpaint.seeds import seed_of
 
 
 def painting(rounds: int = 3, n: int = 32, batch: int = 16) -> dict[str, object]:

@@ -160,7 +160,8 @@ def _jobs(command: str, rest: list[str]) -> int:
     from hydra import version as hydra_version
     from hydra._internal.utils import _run_hydra, get_args_parser
 
-    from unpaint.config import HYDRA_VERSION_BASE, ConfTree, check, quoted
+    from unpaint.checking import check
+    from unpaint.config import HYDRA_VERSION_BASE, ConfTree, quoted
     from unpaint.listing import own_folder
     from unpaint.sweep import Sweep, past_dead_jobs
 

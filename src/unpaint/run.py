@@ -6,32 +6,28 @@ record = run(compose(["concept=cat", "method=esd"]))
 """
 
 import json
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from unpaint.concepts import AnyConcept, Concept
-from unpaint.config import edit_id, identity, instantiate, model_folder, part_of, run_folder, run_id, starts_over
-from unpaint.edit_header import read_header
+from unpaint.concepts import AnyConcept
+from unpaint.config import edit_id, instantiate, model_folder, part_of, run_folder, run_id, starts_over
 from unpaint.errors import UserError, environment_fault
 from unpaint.evaluation.heat import heat_map
 from unpaint.evaluation.pictures import Batch, PictureStore, picture_key
 from unpaint.evaluation.suite import Evaluator
-from unpaint.files import replacing
+from unpaint.making import cached_edit, copy_file, edit_is_there, erased
 from unpaint.methods.base import Method
 from unpaint.progress import close_all
 from unpaint.report.terminal import show
-from unpaint.results import FILE_NAME, RunLock, RunRecord, environment, write_json
+from unpaint.results import FILE_NAME, RunLock, RunRecord, environment
 from unpaint.training.launch import all_or_none, is_rank_zero, new_trainer
 from unpaint.training.tracking import Tracking, harmless, tracking
 
@@ -63,7 +59,7 @@ def run(cfg: DictConfig) -> RunRecord:
         if (record := _finished(this)) is None:
             with tracking(cfg, this.folder, run_id(cfg), "run") as track:
                 with _recording(this) as record, _model(this) as model:
-                    record.cost.update(_erased(this, model, track))
+                    record.cost.update(erased(this, model, track))
                     painted = _painted(this, model, this.edit_file)
                     _evaluated(this, model, painted, record)
                 _mirrored(this, painted, record, track)
@@ -81,10 +77,10 @@ def erase(cfg: DictConfig) -> Path:
     with _locked(this):
         if starts_over(cfg):
             _forget(this)
-        if starts_over(cfg) or not _edit_is_there(this):
+        if starts_over(cfg) or not edit_is_there(this):
             with tracking(cfg, this.folder, run_id(cfg), "erase") as track:
                 with _model(this) as model:
-                    _erased(this, model, track)
+                    erased(this, model, track)
                 with harmless():
                     track.edit(this.edit_file, edit_id(cfg))
     if is_rank_zero():
@@ -102,7 +98,7 @@ def evaluate(cfg: DictConfig) -> RunRecord:
                 with _recording(this) as record, _model(this) as model:
                     given = Path(str(cfg.edit)).expanduser()
                     if is_rank_zero() and not (this.edit_file.exists() and this.edit_file.samefile(given)):
-                        _copy(given, this.edit_file)
+                        copy_file(given, this.edit_file)
                     painted = _painted(this, model, given)
                     _evaluated(this, model, painted, record)
                 _mirrored(this, painted, record, track)
@@ -119,7 +115,7 @@ def paint_part(cfg: DictConfig) -> None:
     _check_judges(this)
     share = part_of(cfg)
     assert share is not None
-    if not cfg.edit and not _edit_is_there(this):
+    if not cfg.edit and not edit_is_there(this):
         raise UserError(f"part={cfg.part}: there is no edit yet to paint with; make it with `unpaint erase` first")
     try:
         with _model(this) as model:
@@ -190,8 +186,8 @@ def _forget(this: Run) -> None:
         return
     (this.folder / FILE_NAME).unlink(missing_ok=True)
     if this.method is not None:
-        parts = [file for member in this.concept.members for file in _cached_edit(this, member.name)]
-        for file in (this.edit_file, *_cached_edit(this), *parts):
+        parts = [file for member in this.concept.members for file in cached_edit(this, member.name)]
+        for file in (this.edit_file, *cached_edit(this), *parts):
             file.unlink(missing_ok=True)
         shutil.rmtree(this.folder / "edits", ignore_errors=True)
     for name in ("checkpoints", "log"):
@@ -277,168 +273,6 @@ def _model(this: Run) -> Iterator[Any]:
 
 
 # --- erasing --------------------------------------------------------------------------------------------------------
-
-
-def _cached_edit(this: Run, member: str = "") -> tuple[Path, Path]:
-    """Where the edit and its cost are shared between runs: the whole edit's, or that of a member of a set."""
-    folder = this.cache / "edits"
-    name = edit_id(this.cfg) + (f"-{member}" if member else "")
-    return folder / f"{name}.safetensors", folder / f"{name}.json"
-
-
-def _edit_is_there(this: Run) -> bool:
-    """Whether the run has its edit, perhaps copied from another run's that was made by the same config."""
-    cached, cost = _cached_edit(this)
-    try:
-        read_header(cached)
-        json.loads(cost.read_text())
-    except (UserError, OSError, ValueError):
-        return False
-    if is_rank_zero():
-        assert this.method is not None
-        _copy(cached, this.edit_file)
-        for member in this.concept.members if this.method.mode == "composed" else ():
-            if (part := _cached_edit(this, member.name)[0]).exists():
-                _copy(part, this.folder / "edits" / part.name.partition("-")[2])
-        shutil.rmtree(this.folder / "checkpoints", ignore_errors=True)
-    return True
-
-
-def _copy(source: Path, target: Path) -> None:
-    with replacing(target) as beside:
-        shutil.copyfile(source, beside)
-
-
-def _erased(this: Run, model: Any, track: Tracking) -> dict[str, Any]:
-    """Makes the edit unless it is there; returns its cost.
-
-    A concept set takes one way of three, `method.mode`: `joint`, one edit for all members at once; `composed`, one edit
-    a member, each made from the unedited model, and their sum; `sequential`, one member after the other.
-    """
-    cached, cost_file = _cached_edit(this)
-    # Starting over, no rank looks for what rank 0 may not have come to remove yet: an edit, a member's, a saved state.
-    if not starts_over(this.cfg) and _edit_is_there(this):
-        return json.loads(cost_file.read_text())
-    assert this.method is not None
-    members = this.concept.members
-    if len(members) == 1 or this.method.mode == "joint":
-        edit, cost = _made(this, model, this.concept, track)
-    else:
-        edit, cost = _made_in_parts(this, model, track, members)
-    if is_rank_zero():
-        edit.save(cached)
-        write_json(cost_file, cost)
-        _edit_is_there(this)
-    return cost
-
-
-def _made_in_parts(this: Run, model: Any, track: Tracking, members: tuple[Concept, ...]) -> tuple[Any, dict[str, Any]]:
-    """The edit of a set whose members are erased one by one. What is finished is kept, should the run be killed."""
-    from unpaint.edit import Edit
-
-    assert this.method is not None
-    one_by_one = this.method.mode == "sequential"
-    edits: list[Any] = []
-    costs: list[dict[str, Any]] = []
-    for i, member in enumerate(members):
-        file, cost_file = _cached_edit(this, member.name)
-        found = None if starts_over(this.cfg) else _loaded(file, cost_file)
-        if found is None:
-            others = () if one_by_one else members[:i] + members[i + 1 :]
-            found = _made(this, model, member, track, others, edits[-1] if one_by_one and edits else None)
-            if is_rank_zero():
-                found[0].save(file)
-                write_json(cost_file, found[1])
-        edits.append(found[0])
-        costs.append(found[1])
-    method, config = str(this.cfg.method.name), identity(this.cfg)
-    parts = edits[-1:] if one_by_one else edits
-    whole = Edit.total(model.pipe, parts, method=method, concept=this.concept.name, config=config)
-    return whole, _cost_of_all(costs, whole)
-
-
-def _loaded(file: Path, cost_file: Path) -> tuple[Any, dict[str, Any]] | None:
-    from unpaint.edit import Edit
-
-    try:
-        return Edit.load(file), json.loads(cost_file.read_text())
-    except (UserError, OSError, ValueError):
-        return None
-
-
-def _cost_of_all(costs: list[dict[str, Any]], edit: Any) -> dict[str, Any]:
-    """Times and steps add up; the rest is that of the whole edit, or the largest."""
-    cost = {key: sum(part[key] for part in costs) for key in ("erase_seconds", "optimizer_steps")}
-    cost |= {
-        key: max(part[key] for part in costs) for key in ("peak_memory_bytes", "trainable_parameters", "world_size")
-    }
-    return cost | {"changed_parameters": edit.changed_parameters, "edit_bytes": edit.nbytes}
-
-
-def _made(
-    this: Run,
-    model: Any,
-    concept: AnyConcept,
-    track: Tracking,
-    beside: tuple[Concept, ...] = (),
-    start: Any = None,
-) -> tuple[Any, dict[str, Any]]:
-    """Runs the method once: the edit and its cost. `start` is the edit that it goes on from."""
-    from unpaint.training.erasing import Erasing, Probe, SaveState, ShowProgress
-    from unpaint.training.leaving import Leaving
-
-    cfg = this.cfg
-    name = "last" if concept is this.concept else concept.name
-    state = this.folder / "checkpoints" / f"{name}.ckpt"
-    state.parent.mkdir(parents=True, exist_ok=True)
-    goes_on = state.exists() and not starts_over(cfg)
-    assert this.method is not None
-    module = Erasing(this.method, model, concept, int(cfg.seed), identity(cfg), this.cache, beside, start)
-    callbacks: list[Any] = [ShowProgress(f"erasing {concept.target} with {this.method.name}")]
-    probed = cfg.probes and concept is this.concept
-    if probed:
-        accuracy = lambda: this.evaluator.unlearning_accuracy(model, concept, int(cfg.seed))  # noqa: E731
-        callbacks.append(Probe(cfg.probes, accuracy))
-    save_state = SaveState(state, cfg.checkpoint_seconds)
-    callbacks += [save_state, Leaving(save_state.save)]
-    part = "" if concept is this.concept else f"{concept.name}_"
-    curves = f"{part}from_step_{_steps_in(state) if goes_on and cfg.logger.name == 'csv' else 0}"
-    trainer = new_trainer(cfg, this.folder, callbacks, track.curves(curves))
-    trainer.fit(module, ckpt_path=state if goes_on else None, weights_only=True)
-    started = time.perf_counter()
-    edit = module.finish()
-    cost = {
-        "erase_seconds": round(module.seconds + time.perf_counter() - started, 3),
-        "optimizer_steps": module.optimizer_steps,
-        "peak_memory_bytes": _peak_memory(),
-        "trainable_parameters": sum(p.numel() for p in module.weights.values()),
-        "changed_parameters": edit.changed_parameters,
-        "edit_bytes": edit.nbytes,
-        "world_size": trainer.world_size,
-    }
-    if probed:
-        cost["seconds_to_ua95"] = None if module.seconds_to_ua95 is None else round(module.seconds_to_ua95, 3)
-    trainer.strategy.barrier()
-    return edit, cost
-
-
-def _steps_in(state: Path) -> int:
-    import torch
-
-    try:
-        return int(torch.load(state, map_location="cpu", weights_only=True, mmap=True)["unpaint"]["steps_done"])
-    except (RuntimeError, EOFError, KeyError, UnpicklingError) as error:
-        raise UserError(f"the saved state '{state}' is damaged; force=true starts over") from error
-
-
-def _peak_memory() -> int:
-    """Bytes: of the GPU if there is one in use, else of the process."""
-    import torch
-
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return int(torch.cuda.max_memory_allocated())
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 # --- evaluating -------------------------------------------------------------------------------------------------------

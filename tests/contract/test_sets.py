@@ -96,20 +96,21 @@ def test_a_sequence_goes_on_from_what_came_before(tiny_pipeline_folder: Path, tm
 def test_killed_between_members_it_goes_on_to_the_same_edit(
     tiny_pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from unpaint import run
+    from unpaint import making
+    from unpaint.run import Run
 
     whole = made("esd", "composed", tiny_pipeline_folder, tmp_path / "whole").read_bytes()
-    real = run._made
+    real = making._made
     done: list[str] = []
     most = 2
 
-    def counted(this: run.Run, model: Any, concept: AnyConcept, *more: Any) -> Any:
+    def counted(this: Run, model: Any, concept: AnyConcept, *more: Any) -> Any:
         if len(done) == most:
             raise KeyboardInterrupt
         done.append(concept.name)
         return real(this, model, concept, *more)
 
-    monkeypatch.setattr(run, "_made", counted)
+    monkeypatch.setattr(making, "_made", counted)
     with pytest.raises(KeyboardInterrupt):
         made("esd", "composed", tiny_pipeline_folder, tmp_path / "killed")
     most = 4

@@ -25,7 +25,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from unpaint import cli, config, run
+from unpaint import checking, cli, run
 from unpaint.config import adopt_edit, compose, identity
 from unpaint.edit import Edit
 from unpaint.files import WEIGHTS
@@ -256,13 +256,13 @@ def prepared(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line, as far as it goes without loading a model: parsed, every value of a sweep checked, and the
     first job made into objects, which are compared with each other."""
     checked: list[Any] = []
-    check_whole = config._check_whole
+    check_whole = checking._check_whole
 
     def remembered(cfg: Any, command: str | None) -> None:
         checked.append(cfg)
         check_whole(cfg, command)
 
-    monkeypatch.setattr(config, "_check_whole", remembered)
+    monkeypatch.setattr(checking, "_check_whole", remembered)
     asked: list[Any] = []
     monkeypatch.setattr("hydra._internal.utils._run_hydra", lambda **given: asked.append(given["args"]))
     assert cli.main(arguments) == 0

@@ -14,17 +14,9 @@ from unpaint.concepts import Concept, ConceptSet
 from unpaint.edit import Edit, applied
 from unpaint.errors import UserError
 from unpaint.evaluation.attacks import Attack, Once, Scene, Try, digest_of, engine
-from unpaint.evaluation.attacks.engine import (
-    Campaign,
-    Outcome,
-    asked_for,
-    found_prompts,
-    summary,
-    transfer,
-    union,
-    units,
-)
+from unpaint.evaluation.attacks.engine import Campaign, asked_for, transfer, units
 from unpaint.evaluation.attacks.inversion import Inversion
+from unpaint.evaluation.attacks.outcomes import Outcome, found_prompts, summary, union
 from unpaint.evaluation.attacks.tokens import TokenAttack
 from unpaint.evaluation.metrics.drawings import drawing
 from unpaint.evaluation.metrics.rates import Rate

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unpaint.concepts import IN_SET, Concept
+from unpaint.cases import IN_SET
+from unpaint.concepts import Concept
 from unpaint.errors import UserError
 from unpaint.evaluation.attacks import Attack, Scene, Terms, Try
 from unpaint.evaluation.attacks.inversion import Inversion, Lesson, with_token

@@ -202,6 +202,14 @@ def test_equal_means_of_kept_records_share_a_front_and_the_page_draws_it(tmp_pat
     assert {one["cells"][x][3] for one in lines} == {"66.7"}
 
 
+def test_what_is_better_lower_is_ranked_so(tmp_path: Path) -> None:
+    far, near = record("uce"), record("esd", ua=0.8)
+    for one, fid in ((far, 30.0), (near, 40.0)):
+        one.metrics["fidelity/fid"] = metric(fid, fid - 1, fid + 1, unit="distance", higher_is_better=False)
+    ranks = summary_of(tmp_path, far, near, retention="fidelity/fid").row_ranks.set_index("method")["rank"]
+    assert (ranks["uce"], ranks["esd"]) == (1, 2)
+
+
 def test_a_mean_over_fewer_concepts_is_not_ranked(tmp_path: Path) -> None:
     records = [record("esd", "cat"), record("esd", "dog"), record("uce", "cat", ua=1.0, ira=1.0)]
     summary = summary_of(tmp_path, *records)

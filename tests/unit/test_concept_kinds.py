@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
-from unpaint.concepts import CELLS, AnyConcept, Case, Concept, ConceptSet
-from unpaint.config import check, compose, conf_dir, instantiate
+from unpaint.cases import CELLS, Case
+from unpaint.checking import check
+from unpaint.concepts import AnyConcept, Concept, ConceptSet
+from unpaint.config import compose, conf_dir, instantiate
 from unpaint.errors import UserError
 from unpaint.picturebook import captions
 from unpaint.picturebook.world import OBJECTS, STYLES

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from unpaint.checking import check
 from unpaint.config import (
     ConfTree,
     adopt_edit,
-    check,
     compose,
     conf_dir,
     edit_id,

@@ -10,7 +10,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from unpaint.concepts import Case, Concept
+from unpaint.cases import Case
+from unpaint.concepts import Concept
 from unpaint.config import compose, instantiate
 from unpaint.errors import UserError
 from unpaint.evaluation.detectors.picturebook import PicturebookDetector

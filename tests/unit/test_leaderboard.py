@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from unpaint.config import check, compose
+from unpaint.checking import check
+from unpaint.config import compose
 from unpaint.errors import UserError
 from unpaint.results import RunRecord
 

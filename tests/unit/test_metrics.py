@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from unpaint.concepts import Case
+from unpaint.cases import Case
 from unpaint.config import compose, instantiate
 from unpaint.errors import UserError
 from unpaint.evaluation.detectors import shows

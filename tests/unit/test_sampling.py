@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from unpaint.errors import UserError
+from unpaint.latents import Bank, Paintings, Underway
 from unpaint.model import TextToImage, load_model
-from unpaint.sampling import Bank, Paintings, Sampler, Underway, denoise_on, denoise_to, noise, paint
+from unpaint.sampling import Sampler, denoise_on, denoise_to, noise, paint
 from unpaint.seeds import NAMESPACES, seed_of
 
 PROMPTS = ["a cat", "a dog at night", "two birds", "a house", "a cat", "a boat on a beach"]

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from unpaint.config import check, compose, part_of, quoted
+from unpaint.checking import check
+from unpaint.config import compose, part_of, quoted
 from unpaint.errors import UserError
 from unpaint.sweep import Job, Sweep, pareto, show
 
@@ -100,9 +101,9 @@ def test_what_slurm_is_asked_for_is_what_the_trainer_wants(
     trainer: list[str], nodes: int, tasks: int, gpus: int | None
 ) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    from unpaint.config import ConfTree, _load
+    from unpaint.config import ConfTree, load
 
-    launcher = _load(["cluster=slurm", *trainer], ConfTree.default()).hydra.launcher
+    launcher = load(["cluster=slurm", *trainer], ConfTree.default()).hydra.launcher
     assert (launcher.nodes, launcher.tasks_per_node, launcher.gpus_per_node) == (nodes, tasks, gpus)
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from unpaint.concepts import CELLS, COMPOSITION, IMPLICIT, IN_SET, OUT_OF_SET, RETAIN, STATIC, AnyConcept
+from unpaint.cases import CELLS, COMPOSITION, IMPLICIT, IN_SET, OUT_OF_SET, RETAIN, STATIC
+from unpaint.concepts import AnyConcept
 from unpaint.evaluation.pictures import Batch
 from unpaint.files import replacing
 

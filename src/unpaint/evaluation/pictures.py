@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unpaint.concepts import NEUTRAL, Case
+from unpaint.cases import NEUTRAL, Case
 
 if TYPE_CHECKING:
     from torch import Tensor

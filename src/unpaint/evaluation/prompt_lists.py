@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from unpaint.concepts import TARGET, AnyConcept, Case
+from unpaint.cases import TARGET, Case
+from unpaint.concepts import AnyConcept
 from unpaint.errors import UserError, nearest
 
 MOST = 10_000  # rows; I2P has 4,703, COCO-10k 9,969

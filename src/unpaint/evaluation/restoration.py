@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from unpaint.concepts import TARGET, AnyConcept, Case
+from unpaint.cases import TARGET, Case
+from unpaint.concepts import AnyConcept
 from unpaint.edit import Edit
 from unpaint.errors import UserError
 from unpaint.evaluation.detectors import shows
@@ -74,7 +75,7 @@ def relearn(
     base (None), higher_is_better, unit, title, detector, and the options. A concept that the unedited model does not
     paint cannot come back: nothing is trained, and value and relearned are None.
     """
-    from unpaint.sampling import seed_of
+    from unpaint.seeds import seed_of
 
     if model.dtype != torch.float32:
         raise UserError(f"relearning trains all weights in float32; the model is loaded in {model.dtype}")
@@ -120,7 +121,8 @@ def relearn(
 @torch.no_grad()
 def _lessons(model: TextToImage, prompts: Sequence[str], seed: int, sampler: Sampler, options: Relearning) -> Tensor:
     """Latents (pictures, C, h, w) of the unedited model's pictures of the concept, as the autoencoder encodes them."""
-    from unpaint.sampling import paint, seed_of
+    from unpaint.sampling import paint
+    from unpaint.seeds import seed_of
 
     asked = [prompts[i % len(prompts)] for i in range(options.pictures)]
     seeds = [seed_of("attack", seed, 0, i) for i in range(options.pictures)]
@@ -130,7 +132,7 @@ def _lessons(model: TextToImage, prompts: Sequence[str], seed: int, sampler: Sam
 
 def _loss(model: TextToImage, latents: Tensor, prompts: Sequence[str], seed: int, step: int, batch_size: int) -> Tensor:
     """Mean squared error of the predicted noise, t uniform over all noise levels (Ho et al. 2020, eq. 14)."""
-    from unpaint.sampling import seed_of
+    from unpaint.seeds import seed_of
 
     rng = torch.Generator().manual_seed(seed_of("attack", seed, 1, step))
     which = torch.randint(len(latents), (batch_size,), generator=rng)
@@ -243,7 +245,7 @@ def _applied(model: TextToImage, edits: Sequence[Edit]) -> Iterator[None]:
 
 def _questions(concept: AnyConcept, seed: int, pictures: int) -> tuple[list[Case], list[int]]:
     """The first cases that ask for the concept, from the start again if there are too few, and their seeds."""
-    from unpaint.sampling import seed_of
+    from unpaint.seeds import seed_of
 
     asked = [case for case in concept.cases(seed) if TARGET in case.wants.values()][:pictures]
     cases = [asked[i % len(asked)] for i in range(pictures)]

@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unpaint.concepts import IN_SET, NEUTRAL, OUT_OF_SET, STATIC, TARGET, AnyConcept, Concept
+from unpaint.cases import IN_SET, NEUTRAL, OUT_OF_SET, STATIC, TARGET
+from unpaint.concepts import AnyConcept, Concept
 from unpaint.errors import UserError, nearest
 from unpaint.evaluation.detectors import Detector
 from unpaint.evaluation.grid import grid
@@ -346,7 +347,8 @@ class Evaluator:
         self, model: TextToImage, edit: Edit, concept: AnyConcept, seed: int, cache: Path, folder: Path
     ) -> dict[str, dict[str, Any]]:
         """What all ranks' attacks came to, by the metric's name; the prompts found are written to `folder`."""
-        from unpaint.evaluation.attacks.engine import Campaign, found_prompts
+        from unpaint.evaluation.attacks.engine import Campaign
+        from unpaint.evaluation.attacks.outcomes import found_prompts
 
         if not self.attacks:
             return {}
@@ -359,7 +361,8 @@ class Evaluator:
 
     def unlearning_accuracy(self, model: TextToImage, concept: AnyConcept, seed: int, pictures: int = 64) -> float:
         """A quick look at the model as it is now: UA over the first target prompts, with seeds that no report uses."""
-        from unpaint.sampling import paint, seed_of
+        from unpaint.sampling import paint
+        from unpaint.seeds import seed_of
 
         cases = [case for case in concept.cases(seed) if case.part == IN_SET][:pictures]
         labels = [[label for label, role in case.wants.items() if role == TARGET] for case in cases]

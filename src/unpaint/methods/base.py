@@ -12,7 +12,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from unpaint.concepts import AnyConcept, Concept, Erasing
+from unpaint.cases import Erasing
+from unpaint.concepts import AnyConcept, Concept
 from unpaint.edit import Edit
 from unpaint.errors import UserError, nearest
 from unpaint.model import TextToImage

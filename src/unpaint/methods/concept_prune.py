@@ -18,7 +18,8 @@ from unpaint.concepts import AnyConcept, Concept
 from unpaint.edit import Edit
 from unpaint.errors import UserError, nearest
 from unpaint.methods.base import Job, checked_mode
-from unpaint.sampling import Sampler, denoise_to, seed_of
+from unpaint.sampling import Sampler, denoise_to
+from unpaint.seeds import seed_of
 
 CHOICES = {
     "layers": ("feed_forward.out", "cross_attention", "cross_attention+feed_forward.out"),

@@ -18,9 +18,11 @@ from torch.optim import Adam, AdamW, Optimizer
 from unpaint.concepts import AnyConcept
 from unpaint.edit import Edit
 from unpaint.errors import UserError, nearest
+from unpaint.latents import Noised, Paintings
 from unpaint.methods.base import Job, checked_mode
 from unpaint.model import GROUPS
-from unpaint.sampling import Noised, Paintings, Sampler, seed_of
+from unpaint.sampling import Sampler
+from unpaint.seeds import seed_of
 
 CHOICES = {
     "variant": GROUPS,

@@ -15,8 +15,10 @@ from torch.optim import Adam, Optimizer
 from unpaint.concepts import AnyConcept
 from unpaint.edit import Edit
 from unpaint.errors import UserError, nearest
+from unpaint.latents import Bank, Underway
 from unpaint.methods.base import MODES, Job, checked_mode, erasing_prompts
-from unpaint.sampling import Bank, Sampler, Underway, denoise_to, seed_of
+from unpaint.sampling import Sampler, denoise_to
+from unpaint.seeds import seed_of
 
 GROUPS = {
     "x": "cross_attention",

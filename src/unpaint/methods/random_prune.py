@@ -12,7 +12,7 @@ from unpaint.edit import Edit
 from unpaint.errors import UserError, nearest
 from unpaint.methods.base import Job, checked_mode
 from unpaint.model import GROUPS
-from unpaint.sampling import seed_of
+from unpaint.seeds import seed_of
 
 
 class RandomPrune:

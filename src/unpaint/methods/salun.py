@@ -15,9 +15,10 @@ from torch.optim import Adam, Optimizer
 from unpaint.concepts import AnyConcept
 from unpaint.edit import Edit
 from unpaint.errors import UserError, nearest
+from unpaint.latents import Noised, Paintings
 from unpaint.methods.base import Job, checked_mode, erasing_prompts
 from unpaint.model import GROUPS
-from unpaint.sampling import Noised, Paintings, Sampler
+from unpaint.sampling import Sampler
 
 CHOICES = {"group": GROUPS, "prompts": ("all", "concept"), "target": ("frozen", "current")}
 # Draws of the mask and of the training steps take streams of their own.

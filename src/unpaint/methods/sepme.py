@@ -17,8 +17,9 @@ from torch.optim import Adam, Optimizer
 from unpaint.concepts import AnyConcept
 from unpaint.edit import Edit
 from unpaint.errors import UserError, nearest
+from unpaint.latents import Paintings
 from unpaint.methods.base import Job, checked_mode
-from unpaint.sampling import Paintings, Sampler
+from unpaint.sampling import Sampler
 
 GROUPS = {"separable": "cross_attention.kv", "direct": "cross_attention"}
 PROMPTS = ("concept", "all")

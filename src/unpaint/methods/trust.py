@@ -19,9 +19,11 @@ from unpaint.concepts import AnyConcept
 from unpaint.curvature import Scalar, Tensors, gradient, gradient_and_curvature
 from unpaint.edit import Edit
 from unpaint.errors import UserError, nearest
+from unpaint.latents import Bank, Noised, Paintings, Underway
 from unpaint.methods.base import MODES, Job, checked_mode, erasing_prompts
 from unpaint.saliency import ConceptNeurons
-from unpaint.sampling import Bank, Noised, Paintings, Sampler, Underway, denoise_on, denoise_to, seed_of
+from unpaint.sampling import Sampler, denoise_on, denoise_to
+from unpaint.seeds import seed_of
 
 CHOICES = {
     "objective": ("csr", "cip", "zero"),

@@ -25,7 +25,8 @@ from unpaint.picturebook.data import Pictures, scenes
 from unpaint.picturebook.thresholds import TESTING
 from unpaint.picturebook.world import OBJECTS, PAINTABLE, SETTINGS, STYLES, Scene
 from unpaint.progress import bar
-from unpaint.sampling import Sampler, paint, seed_of
+from unpaint.sampling import Sampler, paint
+from unpaint.seeds import seed_of
 
 SAMPLER = Sampler(steps=25, guidance=4.0)
 BATCH = 32

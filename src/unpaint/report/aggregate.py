@@ -215,7 +215,9 @@ def pareto_ranks(points: NDArray[np.float64]) -> list[int | None]:
 def ranked(table: pd.DataFrame, by: Sequence[str], retention: str = RETENTION) -> pd.DataFrame:
     """`by` and `rank`: each row's Pareto rank in UA and retention among those of the same protocol, and concept if `by`
     has it; none for a row that lacks one of the two."""
-    wide = table[table["metric"].isin([UA, retention])].set_index([*by, "metric"])["value"].unstack("metric")
+    found = table[table["metric"].isin([UA, retention])]
+    good = found["value"].where(found["higher_is_better"].astype(bool), -found["value"])
+    wide = found.assign(value=good).set_index([*by, "metric"])["value"].unstack("metric")
     for name in (UA, retention):
         if name not in wide:
             wide[name] = np.nan

@@ -154,7 +154,7 @@ def _from_pictures(a: Run, b: Run) -> dict[str, tuple[float, float, float]]:
         return {}
     from omegaconf import OmegaConf
 
-    from unpaint.concepts import NEUTRAL
+    from unpaint.cases import NEUTRAL
     from unpaint.config import instantiate
     from unpaint.evaluation.metrics import PairReader, ReferenceMetric, asked
     from unpaint.evaluation.pictures import PictureStore

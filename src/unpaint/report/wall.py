@@ -18,18 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from unpaint.concepts import (
-    CELLS,
-    COMPOSITION,
-    IMPLICIT,
-    IN_SET,
-    OUT_OF_SET,
-    RETAIN,
-    AnyConcept,
-    Case,
-    Concept,
-    ConceptSet,
-)
+from unpaint.cases import CELLS, COMPOSITION, IMPLICIT, IN_SET, OUT_OF_SET, RETAIN, Case
+from unpaint.concepts import AnyConcept, Concept, ConceptSet
 from unpaint.edit_header import ID_LENGTH, METADATA_KEY
 from unpaint.errors import UserError
 from unpaint.evaluation.pictures import batches_of

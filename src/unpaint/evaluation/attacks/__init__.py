@@ -17,10 +17,12 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from unpaint.concepts import IN_SET, Case, Concept
+from unpaint.cases import IN_SET, Case
+from unpaint.concepts import Concept
 from unpaint.errors import UserError
 from unpaint.model import TextToImage
-from unpaint.sampling import Sampler, denoise_on, noise, paint, seed_of
+from unpaint.sampling import Sampler, denoise_on, noise, paint
+from unpaint.seeds import seed_of
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from unpaint.concepts import Concept
 from unpaint.errors import UserError
 from unpaint.evaluation.attacks import Scene, Try
 from unpaint.evaluation.attacks.words import Words
-from unpaint.sampling import seed_of
+from unpaint.seeds import seed_of
 from unpaint.tensor_file import read_tensor, write_tensor
 
 

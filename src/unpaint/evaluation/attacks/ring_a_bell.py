@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unpaint.concepts import IN_SET
+from unpaint.cases import IN_SET
 from unpaint.errors import UserError
 from unpaint.evaluation.attacks import Scene, Terms, Try
 from unpaint.evaluation.attacks.words import Words, by_text_alone, check_room

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unpaint.concepts import Case
+from unpaint.cases import Case
 from unpaint.evaluation.detectors import Detector
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unpaint.concepts import IN_DOMAIN, NEIGHBOUR, RETAIN, Case
+from unpaint.cases import IN_DOMAIN, NEIGHBOUR, RETAIN, Case
 from unpaint.evaluation.detectors import Detector
 from unpaint.evaluation.metrics import asked
 from unpaint.evaluation.pretrained import Clip, Source

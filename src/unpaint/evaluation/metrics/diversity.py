@@ -7,7 +7,7 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from unpaint.concepts import RETAIN, Case
+from unpaint.cases import RETAIN, Case
 from unpaint.errors import UserError
 from unpaint.evaluation.detectors import Detector
 from unpaint.evaluation.metrics import Parts, Reader

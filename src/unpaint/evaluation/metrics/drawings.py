@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from unpaint.concepts import RETAIN, Case
+from unpaint.cases import RETAIN, Case
 from unpaint.errors import UserError, nearest
 from unpaint.evaluation.detectors import Detector
 from unpaint.evaluation.metrics import Parts, Reader

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unpaint.concepts import ASKED, IN_SET, TARGET, Case
+from unpaint.cases import ASKED, IN_SET, TARGET, Case
 from unpaint.errors import UserError
 from unpaint.evaluation.detectors import Detector
 from unpaint.evaluation.metrics import asked

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unpaint.concepts import IN_DOMAIN, NEIGHBOUR, Case
+from unpaint.cases import IN_DOMAIN, NEIGHBOUR, Case
 from unpaint.errors import UserError
 from unpaint.evaluation.detectors.picturebook import BUILT_IN as DETECTOR
 from unpaint.evaluation.metrics import Declared, Reader, asked

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unpaint.concepts import NEUTRAL, TARGET, Case
+from unpaint.cases import NEUTRAL, TARGET, Case
 from unpaint.errors import UserError
 from unpaint.evaluation.detectors import Detector
 from unpaint.evaluation.metrics import asked

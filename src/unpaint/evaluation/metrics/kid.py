@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unpaint.concepts import RETAIN, Case
+from unpaint.cases import RETAIN, Case
 from unpaint.evaluation.detectors import Detector
 from unpaint.evaluation.metrics import Parts, Reader
 from unpaint.evaluation.metrics.distances import check_enough, kid, summary

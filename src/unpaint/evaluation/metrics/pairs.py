@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unpaint.concepts import RETAIN, Case
+from unpaint.cases import RETAIN, Case
 from unpaint.evaluation.detectors import Detector
 from unpaint.evaluation.metrics import PairReader, Parts
 from unpaint.evaluation.metrics.features import KEPT, rows_of

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unpaint.concepts import IN_DOMAIN, IN_SET, NEIGHBOUR, PARTS, RETAIN, ROLES, TARGET, Case
+from unpaint.cases import IN_DOMAIN, IN_SET, NEIGHBOUR, PARTS, RETAIN, ROLES, TARGET, Case
 from unpaint.errors import UserError, nearest
 from unpaint.evaluation.detectors import Detector, shows
 from unpaint.evaluation.metrics import asked

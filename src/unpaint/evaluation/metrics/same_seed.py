@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unpaint.concepts import RETAIN, Case
+from unpaint.cases import RETAIN, Case
 from unpaint.evaluation.detectors import Detector
 from unpaint.evaluation.metrics import Parts, Reader
 from unpaint.evaluation.metrics.features import KEPT, checked, rows_of
@@ -17,7 +17,7 @@ from unpaint.evaluation.stats import mean_summary
 
 def other_seeds(cases: Sequence[Case]) -> list[Case]:
     """The same cases with a seed each that no plan has."""
-    from unpaint.sampling import seed_of
+    from unpaint.seeds import seed_of
 
     return [replace(case, seed=seed_of("score", case.seed, 1)) for case in cases]
 
