@@ -37,6 +37,8 @@ from unpaint.results import RunRecord
 DOCS = Path(__file__).parents[1] / "docs"
 BEGIN, END = "<!-- made by scripts/leaderboard.py -->", "<!-- end -->"
 HEAD = "# Results\n\nThe Picturebook leaderboard; what the numbers mean: [evaluation.md](evaluation.md).\n"
+# The sweeps that it is made of.
+SWEEPS = ("table", "leaderboard", "attacks")
 # What the records say of a machine and of one user's folders; it says nothing about the numbers.
 _LOOSE = ("outputs", "force", "logger", "trainer", "checkpoint_seconds", "probes", "plugins")
 
@@ -128,20 +130,23 @@ def _on_all_concepts(gathered: Gathered) -> Gathered:
 def commands(summary: Summary) -> Iterator[str]:
     """What runs each row again: its choices, and every option that is not the shipped default."""
     for row in summary.gathered.rows:
-        runs = [run for some in row.runs.values() for run in some]
-        sweep = " -m" if len(row.runs) > 1 else ""
-        seeds = ",".join(map(str, row.runs))
-        for evaluator in dict.fromkeys(_evaluator(run) for run in runs):
-            run = next(run for run in runs if _evaluator(run) == evaluator)
-            chosen = (f"method={row.method}", f"concept={row.concept}", f"evaluator={evaluator}")
-            yield " ".join([f"unpaint run{sweep}", *chosen, f"seed={seeds}", *_changed(run, _default(*chosen))])
+        ways: dict[str, dict[int, Run]] = {}
+        for seed, runs in row.runs.items():
+            for run in runs:
+                ways.setdefault(_way(run), {})[seed] = run
+        for way, by_seed in ways.items():
+            chosen = (f"method={row.method}", f"concept={row.concept}", way)
+            several = " -m" if len(by_seed) > 1 and not way.startswith("+sweep=") else ""
+            changed = _changed(next(iter(by_seed.values())), _default(*chosen))
+            yield " ".join([f"unpaint run{several}", *chosen, f"seed={','.join(map(str, by_seed))}", *changed])
 
 
-def _evaluator(run: Run) -> str:
-    """The shipped evaluator that differs least from the run's."""
+def _way(run: Run) -> str:
+    """The choice of a shipped evaluator, or of a sweep of the leaderboard's, that differs least from the run's."""
     own = flat(run.record.config.get("evaluator") or {})
-    names = [option.name for option in options([conf_dir()], "evaluator")]
-    return min(names, key=lambda name: len(set(own.items()) ^ set(_part(_default(f"evaluator={name}"), "evaluator"))))
+    ways = [f"evaluator={option.name}" for option in options([conf_dir()], "evaluator")]
+    ways += [f"+sweep={name}" for name in SWEEPS]
+    return min(ways, key=lambda way: len(set(own.items()) ^ set(_part(_default(way), "evaluator"))))
 
 
 @cache
@@ -172,11 +177,7 @@ def _changed(run: Run, default: dict[str, Any]) -> Iterator[str]:
             yield chosen
     for key, value in own.items():
         if key not in default or default[key] != value:
-            text = (
-                {None: "null", True: "true", False: "false"}.get(value, value)
-                if not isinstance(value, float)
-                else value
-            )
+            text = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
             sign = "" if key in default else "+"
             yield f"'{sign}{key}={text}'" if re.search(r"[^\w.=/-]", str(text)) else f"{sign}{key}={text}"
 

@@ -283,6 +283,12 @@ def test_an_empty_folder_and_no_folder_are_one_line(tmp_path: Path) -> None:
         gather(tmp_path)
 
 
+def of_kind(kind: dict[str, Any]) -> RunRecord:
+    one = record("uce", "other")
+    one.config["concept"] |= kind
+    return one
+
+
 @pytest.mark.parametrize(
     ("other", "reason"),
     [
@@ -291,6 +297,8 @@ def test_an_empty_folder_and_no_folder_are_one_line(tmp_path: Path) -> None:
         (record("uce", metrics={"erasure/ua": metric(0.9, n=32)}), "cat: n of erasure/ua: 32, not 96"),
         (record("uce", model="sd15"), "model: sd15, not picturebook"),
         (record("uce", environment={"unpaint": "0.2.0"}), "unpaint: 0.2.0, not 0.1.0"),
+        (of_kind({"kind": "conditional"}), "kind: conditional, not individual"),
+        (of_kind({"members": {"cat": CONCEPT, "dog": CONCEPT}}), "kind: set, not individual"),
     ],
 )
 def test_what_was_not_measured_alike_is_kept_apart_and_says_why(tmp_path: Path, other: RunRecord, reason: str) -> None:

@@ -70,6 +70,19 @@ def test_it_keeps_records_and_writes_tables_and_commands_between_the_marks(
     check(command.split()[3:], multirun=True)
 
 
+def test_commands_name_the_sweep_and_the_seeds_that_were_run_so(leaderboard: ModuleType, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        record(seed, "method=esd", "concept=cat", "+sweep=table").save(tmp_path / str(seed))
+    record(2, "method=esd", "concept=cat", "+sweep=attacks", "evaluator.attacks.mma.at_n=1").save(tmp_path / "2")
+    found = list(leaderboard.commands(leaderboard.summarized(leaderboard.gather(tmp_path))))
+    assert found == [
+        "unpaint run method=esd concept=cat +sweep=table seed=0,1",
+        "unpaint run method=esd concept=cat +sweep=attacks seed=2 evaluator.attacks.mma.at_n=1",
+    ]
+    for command in found:
+        check(command.split()[2:], "run")
+
+
 def test_without_a_browser_there_is_no_picture_and_it_says_so(
     leaderboard: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

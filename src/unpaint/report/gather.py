@@ -1,7 +1,7 @@
 """Records from a folder, and which of them may be compared. Nothing that cannot be read or compared is dropped unsaid.
 
-Runs are measured alike if no fact about their measuring differs: model, sampler, prompts, numbers of pictures,
-detectors. Alike runs share a `Protocol`; the others are kept apart, and the facts that differ are the reason.
+Runs are measured alike if no fact about their measuring differs: model, kind of concept, sampler, prompts, numbers of
+pictures, detectors. Alike runs share a `Protocol`; the others are kept apart, and the facts that differ are the reason.
 """
 
 import json
@@ -171,7 +171,7 @@ def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _facts(record: RunRecord, parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     evaluator = parts["evaluator"]
-    facts: dict[str, Any] = {"model": record.model}
+    facts: dict[str, Any] = {"model": record.model, "kind": _kind(parts["concept"])}
     facts |= {f"model.{key}": value for key, value in parts["model"].items() if key in ("path", "hub", "dtype")}
     facts |= {f"sampler.{key}": value for key, value in _section(evaluator, "sampler").items() if key != "_target_"}
     facts["batch_size"] = evaluator.get("batch_size")
@@ -191,6 +191,10 @@ def _facts(record: RunRecord, parts: Mapping[str, Mapping[str, Any]]) -> dict[st
         if not name.startswith(("attack/", "restoration/")):
             facts[f"{record.concept}: n of {name}"] = metric.get("n")
     return facts
+
+
+def _kind(concept: Mapping[str, Any]) -> str:
+    return "set" if concept.get("members") else str(concept.get("kind", "individual"))
 
 
 def _is_for_methods(key: str) -> bool:
@@ -254,6 +258,8 @@ def _in_words(protocol: Protocol) -> str:
     facts = protocol.facts
     counts = sorted({int(v) for k, v in facts.items() if k.endswith(": n of erasure/ua") and v is not None})
     words = [str(facts.get("model"))]
+    if facts.get("kind", "individual") != "individual":
+        words.append(str(facts["kind"]))
     if "sampler.steps" in facts:
         words.append(f"{facts['sampler.steps']} steps")
     if counts:
