@@ -99,7 +99,7 @@ ALONE = """
 
 def draw(results: Path, picture: Path) -> Path:
     """Photograph the trade-off plot of the page that `unpaint compare` writes of `results`, twice as large as it is
-    shown: the means of what was run on all concepts. Raises UserError without a Chromium."""
+    shown: the means of what was run on all concepts of the first table. Raises UserError without a Chromium."""
     browser = next((found for name in CHROMIUMS if (found := shutil.which(name))), None)
     if browser is None:
         raise UserError(f"{picture} is drawn by a browser, and there is none: apt-get install chromium")
@@ -121,10 +121,11 @@ def draw(results: Path, picture: Path) -> Path:
 
 
 def _on_all_concepts(gathered: Gathered) -> Gathered:
-    """Without the rows whose mean is one over fewer concepts than there are."""
-    concepts = {row.concept for row in gathered.rows}
-    of = {row.name: {one.concept for one in gathered.rows if one.name == row.name} for row in gathered.rows}
-    return dataclasses.replace(gathered, rows=[row for row in gathered.rows if of[row.name] == concepts])
+    """The first table's rows alone, and of these the ones whose mean is over all of its concepts."""
+    rows = [row for row in gathered.rows if row.protocol == 0]
+    concepts = {row.concept for row in rows}
+    of = {row.name: {one.concept for one in rows if one.name == row.name} for row in rows}
+    return dataclasses.replace(gathered, rows=[row for row in rows if of[row.name] == concepts])
 
 
 def commands(summary: Summary) -> Iterator[str]:
