@@ -3,35 +3,39 @@
     python scripts/leaderboard.py keep outputs     copy the records of every complete run there, without machine paths;
                                                    --into FOLDER for runs that are to stand in no leaderboard
     python scripts/leaderboard.py write            docs/results.md and docs/images/tradeoff.png from docs/results
+    python scripts/leaderboard.py pictures outputs docs/images/wall.png from what the kept runs painted there
 
-The picture is a photograph of the page's own plot, and takes a Chromium: apt-get install chromium.
+The plot is a photograph of the page's own, and takes a Chromium: apt-get install chromium.
 
 The text of docs/results.md outside the two marks is written by hand and left as it is.
 """
 
 import argparse
+import base64
 import dataclasses
+import io
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from unpaint.config import compose
 from unpaint.errors import UserError
 from unpaint.listing import conf_dir, options
 from unpaint.report.aggregate import Summary, summarized
-from unpaint.report.gather import Gathered, Run, flat, gather
+from unpaint.report.gather import Gathered, Run, flat, gather, gathered
 from unpaint.report.page import write_page
 from unpaint.report.tables import apart, markdown, notes, order_in_words
-from unpaint.report.wall import Wall
+from unpaint.report.wall import GONE, Card, Wall, wall
 from unpaint.results import RunRecord
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -128,6 +132,47 @@ def _on_all_concepts(gathered: Gathered) -> Gathered:
     return dataclasses.replace(gathered, rows=[row for row in rows if of[row.name] == concepts])
 
 
+CELL, GAP, LABEL, TOP = 96, 4, 190, 56
+INK, FAINT, RED, GREEN = (30, 30, 34), (110, 110, 118), (190, 40, 40), (34, 120, 70)
+
+
+def show(outputs: Path, results: Path, picture: Path) -> Path:
+    """A row for the first prompt of each concept's target and of what must stay: the unedited model's picture, and that
+    of each method from the same seed. Of seed 0 of the sweep `leaderboard`, as far as it is kept. Raises UserError if
+    `outputs` has no pictures of it."""
+    runs = [run for run in gather(results).runs if run.record.seed == 0]
+    kept = {run.record.run_id for run in runs if _way(run) == "+sweep=leaderboard"}
+    found = gather(outputs)
+    here = gathered(outputs, [run for run in found.runs if run.record.run_id in kept])
+    cards: dict[tuple[str, bool], Card] = {}
+    shown = wall(here)
+    for card in shown.cards:
+        cards.setdefault((card.concept, card.fate == GONE), card)
+    if not cards:
+        raise UserError(f"{outputs}: none of the runs of {results} has its pictures there")
+    names = list(dict.fromkeys(here.rows[i].name for card in cards.values() for i, _ in card.after))
+    columns = ["unedited", *sorted(names)]
+    sheet = Image.new("RGB", (LABEL + len(columns) * (CELL + GAP), TOP + len(cards) * (CELL + GAP)), (255, 255, 255))
+    draw = ImageDraw.Draw(sheet)
+    head, text = ImageFont.load_default(13), ImageFont.load_default(12)
+    for i, name in enumerate(columns):
+        words = name.replace(" (", "\n(").replace("variant=", "")
+        draw.multiline_text((LABEL + i * (CELL + GAP) + CELL / 2, TOP - 8), words, INK, head, "md", align="center")
+    for k, ((concept, gone), card) in enumerate(sorted(cards.items(), key=lambda item: (item[0][0], not item[0][1]))):
+        top = TOP + k * (CELL + GAP)
+        draw.text((0, top + 8), concept.replace("_", " "), INK, head)
+        draw.text((0, top + 26), card.fate, RED if gone else GREEN, text)
+        draw.multiline_text((0, top + 44), textwrap.fill(card.prompt, 30), FAINT, text)
+        places = {"unedited": card.before} | {here.rows[i].name: place for i, place in card.after}
+        for i, name in enumerate(columns):
+            if name in places:
+                data = base64.b64decode(shown.pictures[places[name]].partition(",")[2])
+                one = Image.open(io.BytesIO(data)).resize((CELL, CELL), Image.Resampling.LANCZOS)
+                sheet.paste(one, (LABEL + i * (CELL + GAP), top))
+    sheet.quantize(256, dither=Image.Dither.NONE).save(picture, optimize=True)
+    return picture
+
+
 def commands(summary: Summary) -> Iterator[str]:
     """What runs each row again: its choices, and every option that is not the shipped default."""
     for row in summary.gathered.rows:
@@ -190,12 +235,16 @@ def main() -> None:
     keeping.add_argument("outputs", type=Path)
     keeping.add_argument("--into", type=Path, default=DOCS / "results")
     commands_.add_parser("write")
+    showing = commands_.add_parser("pictures")
+    showing.add_argument("outputs", type=Path)
     args = parser.parse_args()
     try:
         if args.command == "keep":
             kept = keep(args.outputs, args.into)
             size = sum(path.stat().st_size for path in kept)
             print(f"{len(kept)} records, {size / 2**20:.1f} MiB, in {args.into}")
+        elif args.command == "pictures":
+            print(show(args.outputs, DOCS / "results", DOCS / "images" / "wall.png"))
         else:
             print(write(DOCS / "results", DOCS / "results.md"))
             print(draw(DOCS / "results", DOCS / "images" / "tradeoff.png"))

@@ -7,12 +7,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.numpy import save_file
 
 from unpaint.checking import check
-from unpaint.config import compose
+from unpaint.config import compose, instantiate
+from unpaint.edit_header import METADATA_KEY
 from unpaint.errors import UserError
+from unpaint.evaluation.pictures import PictureStore, batches_of
 from unpaint.results import RunRecord
 
 
@@ -81,6 +86,40 @@ def test_commands_name_the_sweep_and_the_seeds_that_were_run_so(leaderboard: Mod
     ]
     for command in found:
         check(command.split()[2:], "run")
+
+
+def test_the_pictures_of_kept_runs_stand_beside_each_other(leaderboard: ModuleType, tmp_path: Path) -> None:
+    outputs, results = tmp_path / "outputs", tmp_path / "results"
+    few = [
+        "concept.evaluation.target_pictures=2",
+        "concept.evaluation.per_label=1",
+        "concept.evaluation.cell_pictures=1",
+    ]
+    few += [f"concept.evaluation.{name}_pictures=1" for name in ("out_of_set", "implicit", "composition")]
+    for seed, method, edit, shade in ((0, "esd", "aaaa", 100), (0, "uce", "bbbb", 200), (1, "trust", "cccc", 50)):
+        one = record(seed, f"method={method}", "concept=dog", "+sweep=leaderboard", *few)
+        one.run_id = edit * 3
+        folder = outputs / method
+        one.save(folder)
+        save_file(
+            {"x": np.zeros(1, np.float32)},
+            folder / "edit.safetensors",
+            metadata={METADATA_KEY: json.dumps({"sha256": edit * 16})},
+        )
+        store, evaluator = PictureStore(outputs / ".cache"), instantiate(compose(["+sweep=leaderboard"]).evaluator)
+        for batch in batches_of(instantiate(one.config["concept"]).cases(seed), 16, evaluator.sampler):
+            for key, value in (("base", 0), (f"base-{(edit * 16)[:12]}", shade)):
+                store.keep_pictures(key, batch, torch.full((len(batch.cases), 3, 64, 64), value, dtype=torch.uint8))
+    with pytest.raises(UserError, match="no record"):
+        leaderboard.show(outputs, outputs / "none", tmp_path / "wall.png")
+    leaderboard.keep(outputs, results)
+    with Image.open(leaderboard.show(outputs, results, tmp_path / "wall.png")) as picture:
+        row = [
+            picture.convert("L").getpixel((leaderboard.LABEL + i * (leaderboard.CELL + leaderboard.GAP) + 8, 100))
+            for i in range(3)
+        ]
+        assert picture.width == leaderboard.LABEL + 3 * (leaderboard.CELL + leaderboard.GAP)
+    assert row == pytest.approx([0, 100, 200], abs=3)
 
 
 def test_without_a_browser_there_is_no_picture_and_it_says_so(
