@@ -41,8 +41,8 @@ from unpaint.results import RunRecord
 DOCS = Path(__file__).parents[1] / "docs"
 BEGIN, END = "<!-- made by scripts/leaderboard.py -->", "<!-- end -->"
 HEAD = "# Results\n\nThe Picturebook leaderboard; what the numbers mean: [evaluation.md](evaluation.md).\n"
-# The sweeps that it is made of.
-SWEEPS = ("table", "leaderboard", "attacks")
+# The sweeps that it is made of and whose evaluators have no name of their own.
+SWEEPS = ("table", "attacks")
 # What the records say of a machine and of one user's folders; it says nothing about the numbers.
 _LOOSE = ("outputs", "force", "logger", "trainer", "checkpoint_seconds", "probes", "plugins")
 
@@ -138,10 +138,10 @@ INK, FAINT, RED, GREEN = (30, 30, 34), (110, 110, 118), (190, 40, 40), (34, 120,
 
 def show(outputs: Path, results: Path, picture: Path) -> Path:
     """A row for the first prompt of each concept's target and of what must stay: the unedited model's picture, and that
-    of each method from the same seed. Of seed 0 of the sweep `leaderboard`, as far as it is kept. Raises UserError if
+    of each method from the same seed. Of the kept runs of seed 0 with evaluator=standard. Raises UserError if
     `outputs` has no pictures of it."""
     runs = [run for run in gather(results).runs if run.record.seed == 0]
-    kept = {run.record.run_id for run in runs if _way(run) == "+sweep=leaderboard"}
+    kept = {run.record.run_id for run in runs if _way(run) == "evaluator=standard"}
     found = gather(outputs)
     here = gathered(outputs, [run for run in found.runs if run.record.run_id in kept])
     cards: dict[tuple[str, bool], Card] = {}
