@@ -52,12 +52,14 @@
 
   const isCost = (metric) => metric.group === "Cost";
   const groups = [...new Set(metrics.map((metric) => metric.group))];
-  const MAIN = ["erasure/ua", "erasure/ua_out_of_set", "retention/ira", "retention/cra", "fidelity/clip_score", "cost/erase_seconds"];
+  const MAIN = ["erasure/ua", "erasure/ua_out_of_set", "pairs/first_only", "pairs/second_only", "retention/ira", "retention/cra", "fidelity/clip_score", "cost/erase_seconds"];
   const main = metrics.map((metric, i) => i).filter((i) => MAIN.includes(metrics[i].name) || /^attack\/[^/]+\/asr$/.test(metrics[i].name)
-    || data.axes.includes(i)).slice(0, COLUMNS);
-  function columns() {
-    if (state.group === "main") return main;
-    return metrics.map((metric, i) => i).filter((i) => state.group === "all" || metrics[i].group === state.group);
+    || data.axes.includes(i));
+  const has = (view, i) => [...view.lines, { cells: view.base }].some((line) => line.cells[i]);
+  const mainOf = (view) => main.filter((i) => has(view, i)).slice(0, COLUMNS);
+  function columns(view) {
+    if (state.group === "main") return mainOf(view);
+    return metrics.map((metric, i) => i).filter((i) => (state.group === "all" || metrics[i].group === state.group) && has(view, i));
   }
 
   function compared(a, b, sort) {
@@ -145,7 +147,7 @@
     const pages = Math.max(1, Math.ceil(lines.length / state.size));
     state.page = Math.min(state.page, pages - 1);
     const from = state.page * state.size, part = lines.slice(from, from + state.size);
-    drawTable(get("table"), view, columns(), state.sort, (key) => {
+    drawTable(get("table"), view, columns(view), state.sort, (key) => {
       state.sort = turned(state.sort, key); state.page = 0; draw();
       const button = get("table").querySelector(`[data-key="${key}"]`);
       if (button) button.focus();
@@ -272,7 +274,7 @@
   }
 
   function drawTrade(view) {
-    const x = Number(get("axis-x").value), y = Number(get("axis-y").value), shown = [...new Set([x, y, ...main])];
+    const x = Number(get("axis-x").value), y = Number(get("axis-y").value), shown = [...new Set([x, y, ...mainOf(view)])];
     const known = (line, i) => line.cells[i] && line.cells[i][0] !== null;  // null: what never came to its end
     const lines = view.lines.filter((line) => known(line, x) && known(line, y));
     const kind = lines.length > MANY && canGl() ? "scattergl" : "scatter", few = lines.length <= 14, traces = [];

@@ -30,7 +30,10 @@ _HEADINGS = {
     "in_prompt/csdr": "CSDR",
     "in_prompt/clip_score": "CLIP, rest of prompt",
 }
-_COMPACT = (UA, "erasure/ua_out_of_set", "retention/ira", "retention/cra", "fidelity/clip_score", "cost/erase_seconds")
+_COMPACT = (
+    *(UA, "erasure/ua_out_of_set", "pairs/first_only", "pairs/second_only"),
+    *("retention/ira", "retention/cra", "fidelity/clip_score", "cost/erase_seconds"),
+)
 _GENERIC = {
     "“{target}”": "the concept",
     "{target}": "the concept",
