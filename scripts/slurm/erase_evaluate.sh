@@ -11,6 +11,7 @@ read -r -a options <<<"${SBATCH_OPTIONS:-}"
 submit() { sbatch --parsable --kill-on-invalid-dep=yes "${options[@]}" "$@"; }
 
 erase=$(UNPAINT_COMMAND=erase submit "$here/run.sbatch" "$@")
-paint=$(submit --dependency="afterok:$erase" --array="1-$parts" "$here/paint_part.sbatch" "$parts" "$@")
-score=$(submit --dependency="afterok:$paint" "$here/run.sbatch" "$@")
+# force=true is meant for the first: the others go on from what it made.
+paint=$(submit --dependency="afterok:$erase" --array="1-$parts" "$here/paint_part.sbatch" "$parts" "$@" force=false)
+score=$(submit --dependency="afterok:$paint" "$here/run.sbatch" "$@" force=false)
 echo "erase $erase, paint $paint, score $score"

@@ -125,9 +125,8 @@ def test_an_array_has_a_config_a_task(cluster: Any, small: list[str], tmp_path: 
 
 
 def test_erased_painted_in_parts_and_put_together(cluster: Any, small: list[str], tmp_path: Path) -> None:
-    said = cluster.run(
-        SCRIPTS / "erase_evaluate.sh", *small, f"outputs={tmp_path}", PARTS="2", SBATCH_OPTIONS="--cpus-per-task=1"
-    )
+    given = (*small, f"outputs={tmp_path}", "force=true")
+    said = cluster.run(SCRIPTS / "erase_evaluate.sh", *given, PARTS="2", SBATCH_OPTIONS="--cpus-per-task=1")
     erase, paint, score = re.findall(r"\d+", said)
     cluster.finished(erase, score)
     parts = [job for job in cluster.jobs() if cluster.job(job).get("ArrayJobId") == paint]
@@ -135,8 +134,8 @@ def test_erased_painted_in_parts_and_put_together(cluster: Any, small: list[str]
     painted = [cluster.job(job)["EndTime"] for job in parts]
     assert cluster.job(erase)["EndTime"] <= min(painted) and max(painted) <= cluster.job(score)["StartTime"]
     assert "painted part 1/2" in (cluster.folder / f"unpaint-{paint}_1.log").read_text()
-    # The last job found every picture there.
+    # The last job found the edit and every picture there, although all began with force=true.
     began = datetime.fromisoformat(cluster.job(score)["StartTime"]).timestamp()
-    pictures = list(tmp_path.glob(".cache/pictures/*/*.safetensors"))
-    assert pictures and all(file.stat().st_mtime < began + 1 for file in pictures)
+    pictures, edits = (list(tmp_path.glob(f".cache/{name}/**/*.safetensors")) for name in ("pictures", "edits"))
+    assert pictures and edits and all(file.stat().st_mtime < began + 1 for file in (*pictures, *edits))
     assert only_record(tmp_path)[1]["status"] == "complete"
