@@ -284,7 +284,8 @@ def _table(summary: Summary, section: Section, width: int) -> Any:
 
 def _fitting(columns: Sequence[str], summary: Summary, width: int) -> list[str]:
     """As many columns as there is room for beside the method, what matters most first; always UA and retention."""
-    wanted = dict.fromkeys([UA, summary.retention, *summary.weights, _COMPACT[-1], "retention/cra", *columns])
+    parts = _COMPACT[2:4]  # of a combination: what must stay of it
+    wanted = dict.fromkeys([UA, summary.retention, *summary.weights, *parts, _COMPACT[-1], "retention/cra", *columns])
     room = max(2, (width - 46) // 21)
     kept = [name for name in wanted if name in columns][:room]
     return [name for name in columns if name in kept]
