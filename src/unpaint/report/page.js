@@ -142,7 +142,19 @@
     return { key, down: good };
   }
 
+  // A group of which no line has a number is not offered.
+  function drawTabs(view) {
+    const filled = new Set(metrics.filter((metric, i) => has(view, i)).map((metric) => metric.group));
+    if (groups.includes(state.group) && !filled.has(state.group)) state.group = "main";
+    for (const button of get("groups").children) {
+      const group = button.dataset.group;
+      button.hidden = groups.includes(group) && !filled.has(group);
+      button.setAttribute("aria-pressed", String(group === state.group));
+    }
+  }
+
   function drawNumbers(view) {
+    drawTabs(view);
     const lines = state.sort ? [...view.lines].sort((a, b) => compared(a, b, state.sort)) : view.lines;
     const pages = Math.max(1, Math.ceil(lines.length / state.size));
     state.page = Math.min(state.page, pages - 1);
@@ -449,12 +461,8 @@
     const named = runs.map((run, i) => [i, `${nameOf(lineOfRow.get(run.row) || { method: "?" })}, ${conceptOf(run)}, seed ${run.seed} (${run.id})`]);
     options(get("run-a"), named, 0); options(get("run-b"), named, Math.min(1, runs.length - 1));
     const tabs = [["main", "Overview"], ...groups.map((group) => [group, group]), ["all", "Everything"]];
-    get("groups").replaceChildren(...tabs.map(([key, text]) => make("button", { type: "button", "aria-pressed": String(key === state.group), "data-group": key,
-      onclick: (event) => {
-        state.group = key;
-        for (const button of get("groups").children) button.setAttribute("aria-pressed", String(button === event.target));
-        drawNumbers(current());
-      } }, text)));
+    get("groups").replaceChildren(...tabs.map(([key, text]) => make("button", { type: "button", "data-group": key,
+      onclick: () => { state.group = key; drawNumbers(current()); } }, text)));
     const on = (id, kind, action) => { if (get(id)) get(id).addEventListener(kind, action); };
     on("protocol", "change", () => { state.protocol = Number(get("protocol").value); state.page = 0; concepts(); draw(); });
     on("concept", "change", () => { state.concept = get("concept").value; state.page = 0; concepts(); draw(); });
