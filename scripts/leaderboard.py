@@ -30,6 +30,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from unpaint.config import compose
 from unpaint.errors import UserError
+from unpaint.evaluation.grid import FAINT, GREEN, INK, PAPER, RED
 from unpaint.listing import conf_dir, options
 from unpaint.report.aggregate import Summary, summarized
 from unpaint.report.gather import Gathered, Run, flat, gather, gathered
@@ -133,7 +134,6 @@ def _on_all_concepts(gathered: Gathered) -> Gathered:
 
 
 CELL, GAP, LABEL, TOP = 96, 4, 190, 56
-INK, FAINT, RED, GREEN = (30, 30, 34), (110, 110, 118), (190, 40, 40), (34, 120, 70)
 
 
 def show(outputs: Path, results: Path, picture: Path) -> Path:
@@ -152,7 +152,7 @@ def show(outputs: Path, results: Path, picture: Path) -> Path:
         raise UserError(f"{outputs}: none of the runs of {results} has its pictures there")
     names = list(dict.fromkeys(here.rows[i].name for card in cards.values() for i, _ in card.after))
     columns = ["unedited", *sorted(names)]
-    sheet = Image.new("RGB", (LABEL + len(columns) * (CELL + GAP), TOP + len(cards) * (CELL + GAP)), (255, 255, 255))
+    sheet = Image.new("RGB", (LABEL + len(columns) * (CELL + GAP), TOP + len(cards) * (CELL + GAP)), PAPER)
     draw = ImageDraw.Draw(sheet)
     head, text = ImageFont.load_default(13), ImageFont.load_default(12)
     for i, name in enumerate(columns):

@@ -30,8 +30,9 @@ _HEADINGS = {
     "in_prompt/csdr": "CSDR",
     "in_prompt/clip_score": "CLIP, rest of prompt",
 }
+_PAIRS = ("pairs/first_only", "pairs/second_only")  # what must stay of a combination
 _COMPACT = (
-    *(UA, "erasure/ua_out_of_set", "pairs/first_only", "pairs/second_only"),
+    *(UA, "erasure/ua_out_of_set", *_PAIRS),
     *("retention/ira", "retention/cra", "fidelity/clip_score", "cost/erase_seconds"),
 )
 _GENERIC = {
@@ -284,8 +285,7 @@ def _table(summary: Summary, section: Section, width: int) -> Any:
 
 def _fitting(columns: Sequence[str], summary: Summary, width: int) -> list[str]:
     """As many columns as there is room for beside the method, what matters most first; always UA and retention."""
-    parts = _COMPACT[2:4]  # of a combination: what must stay of it
-    wanted = dict.fromkeys([UA, summary.retention, *summary.weights, *parts, _COMPACT[-1], "retention/cra", *columns])
+    wanted = dict.fromkeys([UA, summary.retention, *summary.weights, *_PAIRS, _COMPACT[-1], "retention/cra", *columns])
     room = max(2, (width - 46) // 21)
     kept = [name for name in wanted if name in columns][:room]
     return [name for name in columns if name in kept]
