@@ -691,6 +691,22 @@ def test_two_runs_of_which_one_did_not_come_back_have_no_difference(tmp_path: Pa
     assert (found.a, found.b, found.difference, found.interval, found.verdict) == ("20", "> 200", "–", "–", "")
 
 
+def test_fidelity_and_cost_have_a_table_beside_the_first(tmp_path: Path) -> None:
+    def one(concept: str, seed: int, weights: int, fid: float) -> RunRecord:
+        distance = metric(fid, fid - 1, fid + 1, base=11.0, unit="distance", higher_is_better=False)
+        cost = {"optimizer_steps": 50, "changed_parameters": weights, "edit_bytes": 2048, "erase_seconds": 3.0}
+        metrics = {"erasure/ua": metric(0.9), "fidelity/fid": distance}
+        return record("esd", concept=concept, seed=seed, metrics=metrics, cost=cost)
+
+    records = [one("cat", 0, 64_000, 15.0), one("cat", 1, 65_001, 15.0), one("dog", 0, 70_000, 17.0)]
+    parts = tables.markdown(summary_of(tmp_path, *records))
+    (price,) = [parts[i + 1] for i, part in enumerate(parts) if part == "Fidelity and cost:"]
+    head, _, base, row = [[cell.strip() for cell in line.split("|")[1:-1]] for line in price.splitlines()]
+    assert head == ["method", "FID", "optimiser steps", "weights it changed", "size of the edit"]
+    assert base == ["unedited model", "11", "–", "–", "–"]
+    assert row[2:] == ["50", "67,250", "2.0 KiB"] and row[1].startswith("16 (")
+
+
 def test_a_rate_of_searches_that_were_stopped_says_so(tmp_path: Path) -> None:
     def one(method: str, stopped: int) -> RunRecord:
         asr = metric(0.4, 0.3, 0.5, n=16, higher_is_better=False, stopped=stopped)

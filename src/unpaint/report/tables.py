@@ -35,6 +35,11 @@ _COMPACT = (
     *(UA, "erasure/ua_out_of_set", *_PAIRS),
     *("retention/ira", "retention/cra", "fidelity/clip_score", "cost/erase_seconds"),
 )
+# A table of their own: what erasing takes, and what it does to pictures at large.
+_PRICE = (
+    *("fidelity/fid", "fidelity/kid", "cost/optimizer_steps", "cost/seconds_to_ua95", "cost/peak_memory_bytes"),
+    *("cost/trainable_parameters", "cost/changed_parameters", "cost/edit_bytes"),
+)
 _GENERIC = {
     "“{target}”": "the concept",
     "{target}": "the concept",
@@ -74,7 +79,9 @@ def text(line: Mapping[str, Any], key: str = "value") -> str:
     if metric.startswith(COST):
         kind = COSTS.get(metric.removeprefix(COST), ("", "count"))[1]
         value = float(line[key])
-        return amount(int(value) if kind != "seconds" and value.is_integer() else round(value, 1), kind)
+        # A mean of counts is none itself, but the tenths of a large one say nothing.
+        whole = kind != "seconds" and (value.is_integer() or value >= 1000)
+        return amount(round(value) if whole else round(value, 1), kind)
     # pair's differences are numbers as well, and have none of these keys
     return f"≥ {number(line, key, '')}" if key == "value" and line.get("stopped") else number(line, key, "")
 
@@ -88,9 +95,9 @@ def _never(line: Mapping[str, Any]) -> str:
 
 
 def interval(line: Mapping[str, Any]) -> str:
-    """`92.7–99.4`, empty if there is none."""
+    """`92.7–99.4`; empty if there is none, and where both ends read alike, as of a count that all seeds agree on."""
     low, high = text(line, "low"), text(line, "high")
-    return "" if low == "–" or high == "–" else f"{low}–{high}"
+    return "" if "–" in (low, high) or low == high else f"{low}–{high}"
 
 
 @dataclass(frozen=True)
@@ -369,8 +376,10 @@ def write_markdown(summary: Summary, path: Path) -> Path:
 
 
 def markdown(summary: Summary) -> list[str]:
-    """Headings and tables, as paragraphs; what attacks came to has a table of its own."""
-    parts = []
+    """Headings and tables, as paragraphs; what attacks came to has a table of its own, and so has, in the first section
+    of each protocol, what fidelity and erasing cost."""
+    parts: list[str] = []
+    seen: set[int] = set()
     for section in sections(summary):
         columns = compact(summary, section)
         attacks = [name for name in columns if name.startswith("attack/")]
@@ -381,6 +390,11 @@ def markdown(summary: Summary) -> list[str]:
         if attacks:
             attacked = [line for line in section.lines if any(name in line["cells"] for name in attacks)]
             parts += [_attacked(section, attacked, attacks), _grid(summary, section, attacked, attacks, placed=False)]
+        there = {name for line in section.lines for name in line["cells"]}
+        price = [name for name in _PRICE if name in there]
+        if price and section.protocol not in seen:
+            seen.add(section.protocol)
+            parts += ["Fidelity and cost:", _grid(summary, section, section.lines, price, placed=False)]
     return parts
 
 
