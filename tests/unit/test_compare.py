@@ -691,6 +691,11 @@ def test_two_runs_of_which_one_did_not_come_back_have_no_difference(tmp_path: Pa
     assert (found.a, found.b, found.difference, found.interval, found.verdict) == ("20", "> 200", "–", "–", "")
 
 
+def test_the_parts_of_a_combination_are_explained(tmp_path: Path) -> None:
+    whole = record("esd", metrics={"erasure/ua": metric(0.9), "pairs/second_only": metric(0.4, base=0.9)})
+    assert any(note.startswith("first only, second only: ") for note in tables.notes(summary_of(tmp_path, whole)))
+
+
 def test_fidelity_and_cost_have_a_table_beside_the_first(tmp_path: Path) -> None:
     def one(concept: str, seed: int, weights: int, fid: float) -> RunRecord:
         distance = metric(fid, fid - 1, fid + 1, base=11.0, unit="distance", higher_is_better=False)

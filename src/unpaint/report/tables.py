@@ -220,6 +220,9 @@ def notes(summary: Summary) -> list[str]:
         "One seed: the interval of the record, about pictures. Several seeds: the wider, on each side, of Student's t "
         "over the seeds and of the records' own intervals combined.",
     ]
+    if set(_PAIRS) & set(summary.metrics):
+        first, second = map(heading, _PAIRS)
+        told.append(f"{first}, {second}: how often a part of the combination, asked for without the other, is there.")
     if (summary.runs["stopped"] > 0).any():
         told.append("≥: the budget ended some of the attack's searches, which count as not found.")
     return told
