@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -38,6 +37,7 @@ from unpaint.evaluation.metrics.rates import Rate
 from unpaint.evaluation.metrics.same_seed import SameSeed
 from unpaint.evaluation.pictures import PictureStore, batches_of
 from unpaint.evaluation.suite import Evaluator
+from unpaint.memory import peak
 from unpaint.methods.esd import GROUPS as ESD_VARIANTS
 from unpaint.model import load_model
 from unpaint.picturebook.world import STYLES
@@ -138,6 +138,7 @@ def methods(concept: str = "cat") -> dict[str, object]:
         until[name] = record.cost["seconds_to_ua95"]
         out[f"{name}: seconds to UA 95 %"] = until[name] or "never"
         out[f"{name}: erase seconds"] = record.cost["erase_seconds"]
+        out[f"{name}: peak MiB"] = round(record.cost["peak_memory_bytes"] / 2**20)
         ua = record.metrics["erasure/ua"]
         out[f"{name}: erasure/ua"] = "{value:.3f} [{low:.3f}, {high:.3f}]".format(**ua)
     own = until.pop("trust")
@@ -195,18 +196,11 @@ def score_made_up(n: int, kid: bool) -> dict[str, float]:
                 shape = (len(batch.cases), 3, 64, 64)
                 store.keep_pictures(key, batch, torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator))
                 store.keep_reading(key, clip.reader.identity, batch, torch.rand(shape[:1], generator=generator))
-        before, started = _peak_mib(), time.perf_counter()
+        before, started = round(peak() / 2**20, 1), time.perf_counter()
         found = evaluator.score(store, "edited", "base", batches)
         seconds = time.perf_counter() - started
     assert found["retention/ira"]["n"] > n // 2
-    return {"seconds": round(seconds, 1), "peak MiB before": before, "peak MiB": _peak_mib()}
-
-
-def _peak_mib() -> float:
-    """Of this process alone: what getrusage says is inherited from the parent (Linux)."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return round(int(found.group(1)) / 1024, 1)
+    return {"seconds": round(seconds, 1), "peak MiB before": before, "peak MiB": round(peak() / 2**20, 1)}
 
 
 def memory() -> dict[str, object]:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
-import sys
-import time
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -16,6 +13,7 @@ from unpaint.config import edit_id, identity, starts_over
 from unpaint.edit_header import read_header
 from unpaint.errors import UserError
 from unpaint.files import replacing
+from unpaint.memory import forget_peak, peak
 from unpaint.results import write_json
 from unpaint.training.launch import is_rank_zero, new_trainer
 from unpaint.training.tracking import Tracking
@@ -90,7 +88,8 @@ def _made_in_parts(this: Run, model: Any, track: Tracking, members: tuple[Concep
         file, cost_file = cached_edit(this, member.name)
         found = None if starts_over(this.cfg) else _loaded(file, cost_file)
         if found is None:
-            others = () if one_by_one else members[:i] + members[i + 1 :]
+            # One by one, those that are gone already; those that are yet to go need not stay as they are.
+            others = members[:i] if one_by_one else members[:i] + members[i + 1 :]
             found = _made(this, model, member, track, others, edits[-1] if one_by_one and edits else None)
             if is_rank_zero():
                 found[0].save(file)
@@ -141,28 +140,29 @@ def _made(
     assert this.method is not None
     module = Erasing(this.method, model, concept, int(cfg.seed), identity(cfg), this.cache, beside, start)
     callbacks: list[Any] = [ShowProgress(f"erasing {concept.target} with {this.method.name}")]
-    probed = cfg.probes and concept is this.concept
-    if probed:
-        accuracy = lambda: this.evaluator.unlearning_accuracy(model, concept, int(cfg.seed))  # noqa: E731
-        callbacks.append(Probe(cfg.probes, accuracy))
+    accuracy = lambda: this.evaluator.unlearning_accuracy(model, concept, int(cfg.seed))  # noqa: E731
+    probe = Probe(cfg.probes, accuracy) if cfg.probes and concept is this.concept else None
+    if probe is not None:
+        callbacks.append(probe)
     save_state = SaveState(state, cfg.checkpoint_seconds)
     callbacks += [save_state, Leaving(save_state.save)]
     part = "" if concept is this.concept else f"{concept.name}_"
     curves = f"{part}from_step_{_steps_in(state) if goes_on and cfg.logger.name == 'csv' else 0}"
     trainer = new_trainer(cfg, this.folder, callbacks, track.curves(curves))
+    forget_peak()
     trainer.fit(module, ckpt_path=state if goes_on else None, weights_only=True)
-    started = time.perf_counter()
     edit = module.finish()
     cost = {
-        "erase_seconds": round(module.seconds + time.perf_counter() - started, 3),
+        "erase_seconds": round(module.seconds, 3),
         "optimizer_steps": module.optimizer_steps,
-        "peak_memory_bytes": _peak_memory(),
+        "peak_memory_bytes": peak(),
         "trainable_parameters": sum(p.numel() for p in module.weights.values()),
         "changed_parameters": edit.changed_parameters,
         "edit_bytes": edit.nbytes,
         "world_size": trainer.world_size,
     }
-    if probed:
+    if probe is not None:
+        probe.last(trainer, module, edit)
         cost["seconds_to_ua95"] = None if module.seconds_to_ua95 is None else round(module.seconds_to_ua95, 3)
     trainer.strategy.barrier()
     return edit, cost
@@ -175,13 +175,3 @@ def _steps_in(state: Path) -> int:
         return int(torch.load(state, map_location="cpu", weights_only=True, mmap=True)["unpaint"]["steps_done"])
     except (RuntimeError, EOFError, KeyError, UnpicklingError) as error:
         raise UserError(f"the saved state '{state}' is damaged; force=true starts over") from error
-
-
-def _peak_memory() -> int:
-    """Bytes: of the GPU if there is one in use, else of the process."""
-    import torch
-
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return int(torch.cuda.max_memory_allocated())
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

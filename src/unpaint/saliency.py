@@ -72,6 +72,11 @@ class ConceptNeurons(nn.Module):
             found[projection] = torch.cat([_standardised(part, reference) for part, reference in parts])
         return found
 
+    @torch.no_grad()
+    def highest(self) -> float:
+        """The largest z-score of all units."""
+        return max(float(scores.max()) for scores in self.zscores(self._saliency()).values())
+
     def mask(self) -> Tensors:
         """The mask, bool, by key and of the weights' shapes."""
         return self._spread("mask")

@@ -12,11 +12,13 @@ from unpaint.concepts import AnyConcept
 from unpaint.config import compose, conf_dir, instantiate
 from unpaint.edit import Edit
 from unpaint.errors import UserError
-from unpaint.methods.base import MODES, checked_mode, erasing_prompts
+from unpaint.methods.base import MODES, Job, checked_mode, erasing_prompts
+from unpaint.methods.uce import UCE
 from unpaint.model import load_model
 from unpaint.run import erase
 
 METHODS = sorted(file.stem for file in (conf_dir() / "method").glob("*.yaml"))
+PETS = ["cat", "dog", "bird", "fish"]
 SHORT = {"steps": 2, "sampling_steps": 4, "bank_size": 4, "batch_size": 4}
 
 
@@ -116,6 +118,31 @@ def test_killed_between_members_it_goes_on_to_the_same_edit(
     most = 4
     assert made("esd", "composed", tiny_pipeline_folder, tmp_path / "killed").read_bytes() == whole
     assert done == ["cat", "dog", "bird", "fish"], "members that were finished were made again"
+
+
+@pytest.mark.parametrize(
+    ("mode", "others"),
+    [
+        ("sequential", [PETS[:i] for i in range(4)]),
+        (
+            "composed",
+            [["dog", "bird", "fish"], ["cat", "bird", "fish"], ["cat", "dog", "fish"], ["cat", "dog", "bird"]],
+        ),
+    ],
+)
+def test_a_member_knows_which_others_its_edit_must_leave_alone(
+    mode: str, others: list[list[str]], tiny_pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = UCE.begin
+    found: list[list[str]] = []
+
+    def begun(self: UCE, job: Job) -> None:
+        found.append([other.name for other in job.beside])
+        real(self, job)
+
+    monkeypatch.setattr(UCE, "begin", begun)
+    made("uce", mode, tiny_pipeline_folder, tmp_path)
+    assert found == others
 
 
 def test_what_is_painted_after_an_edit_is_not_taken_for_the_unedited_models(

@@ -33,6 +33,15 @@ def every_option() -> list[str]:
     ]
 
 
+@pytest.mark.parametrize("folder", ["experiment", "sweep"])
+def test_every_shipped_experiment_and_sweep_composes(folder: str) -> None:
+    files = sorted((conf_dir() / folder).rglob("*.yaml"))
+    assert files
+    for file in files:
+        name = file.relative_to(conf_dir() / folder).with_suffix("")
+        instantiate(compose([f"experiment={name}" if folder == "experiment" else f"+sweep={name}"]).method)
+
+
 @pytest.mark.parametrize("choice", every_option())
 def test_every_shipped_config_composes_and_is_described(choice: str) -> None:
     group, _, name = choice.partition("=")

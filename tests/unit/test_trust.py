@@ -1,6 +1,7 @@
 """TRUST on the tiny pipeline: its gradients against finite differences, and which weights move."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,22 @@ def test_zeroing_needs_no_optimizer(tiny_pipeline_folder: Path, tmp_path: Path) 
     options += ["method=trust", "method.objective=zero", "method.sampling_steps=4", "method.first_estimates=1"]
     edit = Edit.load(erase(compose([*options, f"outputs={tmp_path}"])))
     assert edit.zero and not edit.delta
+
+
+def test_a_mask_that_is_empty_is_refused(make: Make) -> None:
+    method = make("method.xi=1e6", "method.mask_every=0")
+    with pytest.raises(UserError, match=r"method.xi=1e\+06 leaves no concept neurons: of the weights the largest"):
+        method.step(0)
+
+
+def test_a_concept_with_nothing_to_retain_is_refused_at_once() -> None:
+    concept = instantiate(compose(["concept=cat"]).concept)
+    only = replace(concept.evaluation, in_domain={"object/cat": "a cat"})
+    lonely = replace(concept, neighbours=(), evaluation=only)
+    assert not lonely.retain_prompts()
+    with pytest.raises(UserError, match=r"names nothing that must; without: method\.retain=0"):
+        instantiate(compose(["method=trust"]).method).check(lonely)
+    instantiate(compose(["method=trust", "method.retain=0"]).method).check(lonely)
 
 
 @pytest.mark.parametrize("image", ["one_step", "trajectory"])

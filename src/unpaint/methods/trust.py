@@ -190,6 +190,11 @@ class TRUST:
 
     def check(self, concept: AnyConcept) -> None:
         """Every kind of concept: only the prompts differ."""
+        if self._retains and not concept.retain_prompts():
+            raise UserError(
+                f"method=trust trains on what must stay, and '{concept.name}' names nothing that must; without: "
+                "method.retain=0"
+            )
 
     def begin(self, job: Job) -> None:
         self.job = job
@@ -359,6 +364,11 @@ class TRUST:
                 share, keep = (1 / self.first_estimates, 1.0) if first else (1 - self.mask_ema, self.mask_ema)
                 self.neurons.add(found, share, keep)
                 logs |= self.neurons.choose(first)
+                if first and (highest := self.neurons.highest()) <= self.xi:
+                    raise UserError(
+                        f"method.xi={self.xi:g} leaves no concept neurons: of the {self.granularity}s the largest "
+                        f"z-score is {highest:.3g}"
+                    )
             if self._counts:
                 logs["influential"], outer = _outer(self._influential, found)
                 pull.append(curvature(outer))

@@ -25,8 +25,8 @@ class Erasing(LightningModule):
 
     Only what the method trains, and its `own`, is in the saved state; the pipeline stays outside.
 
-    `seconds` is erase time: preparation and steps, without probes and checkpoints. `steps_done` counts batches: neither
-    Lightning's `global_step` (optimiser steps) nor its epochs mean the same for every method.
+    `seconds` is erase time: preparation, steps and `finish`, without probes and checkpoints. `steps_done` counts
+    batches: neither Lightning's `global_step` (optimiser steps) nor its epochs mean the same for every method.
     """
 
     def __init__(
@@ -118,6 +118,7 @@ class Erasing(LightningModule):
         """The method's edit; the model is left as it was before."""
         # Lightning has moved the trained parameters, and only them, off the device.
         self.text_to_image.to(self.trainer.strategy.root_device)
+        started = self.now()
         edit = self.method.finish()
         if self.start is not None:
             pipe, name = self.text_to_image.pipe, self.concept.name
@@ -129,6 +130,7 @@ class Erasing(LightningModule):
                 parameter.requires_grad_(False)
                 parameter.grad = None
                 parameter.data = self.unedited[key]
+        self.seconds += self.now() - started
         return edit
 
     def update(self, loss: Tensor, i: int = 0, adjust: Callable[[], None] | None = None) -> None:
@@ -265,7 +267,8 @@ class ShowProgress(Callback):
 
 
 class Probe(Callback):
-    """Measures unlearning accuracy now and then, off the clock, until it first reaches 95 %."""
+    """Measures unlearning accuracy `times` times, off the clock, until it first reaches 95 %: on the way, and at last
+    that of the edit itself, which some methods make in the end."""
 
     def __init__(self, times: int, unlearning_accuracy: Callable[[], float]) -> None:
         self.times = times
@@ -273,12 +276,25 @@ class Probe(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, Erasing)
-        due = {round((i + 1) * pl_module.method.steps / self.times) for i in range(self.times)}
-        if pl_module.seconds_to_ua95 is not None or pl_module.steps_done not in due:
+        steps = pl_module.method.steps
+        due = {round((i + 1) * steps / self.times) for i in range(self.times)} - {steps}
+        if pl_module.seconds_to_ua95 is None and pl_module.steps_done in due:
+            self._look(trainer, pl_module, trainer.precision_plugin.forward_context())
+
+    def last(self, trainer: Trainer, module: Erasing, edit: Edit) -> None:
+        """After `Erasing.finish`."""
+        if module.seconds_to_ua95 is not None:
             return
+        edit.apply(module.text_to_image.pipe)
+        try:
+            self._look(trainer, module, nullcontext())
+        finally:
+            edit.remove(module.text_to_image.pipe)
+
+    def _look(self, trainer: Trainer, module: Erasing, precision: AbstractContextManager[None]) -> None:
         reached = False
         if trainer.is_global_zero:
-            with trainer.precision_plugin.forward_context():
+            with precision:
                 reached = self.unlearning_accuracy() >= 0.95
         if trainer.strategy.broadcast(reached):
-            pl_module.seconds_to_ua95 = pl_module.seconds
+            module.seconds_to_ua95 = module.seconds
