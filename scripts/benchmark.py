@@ -3,6 +3,7 @@
 python scripts/benchmark.py painting    sampling.paint against diffusers' own pipeline, one by one and as a list
 python scripts/benchmark.py latents     ESD with latents drawn afresh each step against stored and moving trajectories
 python scripts/benchmark.py methods     seconds to UA 95 % of every method, and in all, against TRUST's
+python scripts/benchmark.py erasing     peak memory of erasing by every method, against UCE's
 python scripts/benchmark.py memory      peak memory of scoring 10,000 pictures against that of scoring 100
 python scripts/benchmark.py ranks       an evaluation by one process against two, one thread each; and what they find
 python scripts/benchmark.py sweep       the first job of a sweep against the second, which shares what is the same
@@ -117,34 +118,50 @@ def latents(concept: str = "cat") -> dict[str, object]:
     return out
 
 
+METHODS = {
+    "trust": ["method=trust"],
+    **{f"esd {variant}": ["method=esd", f"method.variant={variant}"] for variant in ESD_VARIANTS},
+    **{name: [f"method={name}"] for name in ("salun", "doco", "sepme", "uce", "concept_prune")},
+}
+
+
 def methods(concept: str = "cat") -> dict[str, object]:
     """Erase seconds until UA first reaches 95 % (looked for 20 times on the way) and in all, each from nothing: what
     another run has painted is not used. `never`: the probes did not see 95 %."""
-    others = ("salun", "doco", "sepme", "uce", "concept_prune")
-    ways = {
-        "trust": ["method=trust"],
-        **{f"esd {variant}": ["method=esd", f"method.variant={variant}"] for variant in ESD_VARIANTS},
-        **{name: [f"method={name}"] for name in others},
-    }
     only_ua = [
         "logger=none",
         *(f"~metric@evaluator.metrics.{name}" for name in ("ira", "cra", "neighbours", "clip_score")),
     ]
     out: dict[str, object] = {}
     until: dict[str, float | None] = {}
-    for name, options in ways.items():
+    for name, options in METHODS.items():
         with tempfile.TemporaryDirectory() as folder:
             record = run(compose([*options, *only_ua, f"concept={concept}", "probes=20", f"outputs={folder}"]))
         until[name] = record.cost["seconds_to_ua95"]
         out[f"{name}: seconds to UA 95 %"] = until[name] or "never"
         out[f"{name}: erase seconds"] = record.cost["erase_seconds"]
-        out[f"{name}: peak MiB"] = round(record.cost["peak_memory_bytes"] / 2**20)
         ua = record.metrics["erasure/ua"]
         out[f"{name}: erasure/ua"] = "{value:.3f} [{low:.3f}, {high:.3f}]".format(**ua)
     own = until.pop("trust")
     for name, seconds in until.items():
         out[f"{name} / trust"] = round(seconds / own, 2) if seconds and own else "one of them never"
     return out
+
+
+def erasing(concept: str = "cat") -> dict[str, object]:
+    """Peak MiB of a process that erases, without probes, and of its own for each method, so that none finds what
+    another left. The model is in it."""
+    peaks = {}
+    for name, options in METHODS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            common = [f"concept={concept}", "probes=0", "logger=none", "trainer=cpu", f"outputs={folder}"]
+            _unpaint("erase", *options, *common)
+            (file,) = Path(folder).glob(".cache/edits/*.json")
+            peaks[name] = json.loads(file.read_text())["peak_memory_bytes"] / 2**20
+    return {
+        **{f"{name}: peak MiB": round(mib) for name, mib in peaks.items()},
+        **{f"{name} / uce": round(mib / peaks["uce"], 2) for name, mib in peaks.items()},
+    }
 
 
 class Cheap:
@@ -312,7 +329,9 @@ def attacks(edit: Path, n: int = 16, *more: str) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("painting", "latents", "methods", "memory", "ranks", "sweep", "attacks"))
+    parser.add_argument(
+        "what", choices=("painting", "latents", "methods", "erasing", "memory", "ranks", "sweep", "attacks")
+    )
     parser.add_argument("--concept", default="cat")
     parser.add_argument("--edit", type=Path, help="for attacks: the file of an edit of the built-in model")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON, too")
@@ -324,6 +343,7 @@ def main() -> None:
         "painting": painting,
         "latents": lambda: latents(args.concept),
         "methods": lambda: methods(args.concept),
+        "erasing": lambda: erasing(args.concept),
         "memory": memory,
         "ranks": lambda: ranks(3, *args.override),
         "sweep": lambda: sweep(*args.override),
