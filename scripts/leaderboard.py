@@ -47,6 +47,9 @@ SWEEPS = ("table", "attacks")
 # What the records say of a machine and of one user's folders; it says nothing about the numbers.
 _LOOSE = ("outputs", "force", "logger", "trainer", "checkpoint_seconds", "probes", "plugins")
 
+# What in a sweep depends on the jobs before; benchmark.py erasing measures it.
+_OF_THE_SWEEP = ("peak_memory_bytes",)
+
 
 def keep(outputs: Path, results: Path) -> list[Path]:
     """Copy the complete records below `outputs` to `results/<concept>/<method>/<run_id>/`; returns their paths."""
@@ -59,13 +62,14 @@ def keep(outputs: Path, results: Path) -> list[Path]:
 
 
 def slim(record: RunRecord) -> RunRecord:
-    """The record without paths and the platform's name, and with numbers to six digits."""
+    """The record without paths, the platform's name and memory, and with numbers to six digits."""
     config = {key: value for key, value in record.config.items() if key not in _LOOSE}
     environment: dict[str, Any] = {
         key: record.environment[key] for key in ("unpaint", "git", "torch", "device") if key in record.environment
     }
     metrics = {name: {key: _short(value) for key, value in metric.items()} for name, metric in record.metrics.items()}
-    return dataclasses.replace(record, config=config, environment=environment, metrics=metrics)
+    cost = {key: value for key, value in record.cost.items() if key not in _OF_THE_SWEEP}
+    return dataclasses.replace(record, config=config, environment=environment, metrics=metrics, cost=cost)
 
 
 def _short(value: object) -> object:

@@ -47,6 +47,7 @@ def record(seed: int, *overrides: str) -> RunRecord:
         seed=seed,
         config=config,
         metrics={"erasure/ua": metric, "retention/ira": metric},
+        cost={"erase_seconds": 3.0, "peak_memory_bytes": 2**30},
         environment={"unpaint": "0.1.0", "platform": "somebody's machine", "packages": {}},
     )
 
@@ -60,6 +61,7 @@ def test_it_keeps_records_and_writes_tables_and_commands_between_the_marks(
     assert len(kept) == 2
     text = kept[0].read_text()
     assert "somebody" not in text
+    assert json.loads(text)["cost"] == {"erase_seconds": 3.0}
     assert json.loads(text)["metrics"]["erasure/ua"]["value"] == 0.666667
     page = tmp_path / "results.md"
     page.write_text(f"# Results\n\nBy hand.\n\n{leaderboard.BEGIN}old{leaderboard.END}\n\nBelow.\n")
