@@ -174,7 +174,7 @@ def show(outputs: Path, results: Path, picture: Path) -> Path:
                 one = Image.open(io.BytesIO(data)).resize((CELL, CELL), Image.Resampling.LANCZOS)
                 sheet.paste(one, (LABEL + i * (CELL + GAP), top))
             else:
-                draw.text((LABEL + i * (CELL + GAP) + CELL / 2, top + CELL / 2), "–", FAINT, head, "mm")
+                draw.text((LABEL + i * (CELL + GAP) + CELL / 2, top + CELL / 2), "-", FAINT, head, "mm")
     sheet.quantize(256, dither=Image.Dither.NONE).save(picture, optimize=True)
     return picture
 

@@ -37,7 +37,7 @@ _COMPACT = (
 )
 # A table of their own: what erasing takes, and what it does to pictures at large.
 _PRICE = (
-    *("fidelity/fid", "fidelity/kid", "cost/optimizer_steps", "cost/seconds_to_ua95", "cost/peak_memory_bytes"),
+    *("fidelity/fid", "cost/optimizer_steps", "cost/seconds_to_ua95", "cost/peak_memory_bytes"),
     *("cost/trainable_parameters", "cost/changed_parameters", "cost/edit_bytes"),
 )
 _GENERIC = {
