@@ -189,7 +189,7 @@ class TRUST:
         self.own: nn.Module | None = None
 
     def check(self, concept: AnyConcept) -> None:
-        """Every kind of concept: only the prompts differ."""
+        """Every kind of concept will do, as only the prompts differ; to retain, it must name something."""
         if self._retains and not concept.retain_prompts():
             raise UserError(
                 f"method=trust trains on what must stay, and '{concept.name}' names nothing that must; without: "
