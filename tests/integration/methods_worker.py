@@ -1,4 +1,4 @@
-"""Every method, a few steps on a tiny pipeline, one after the other. Run by test_ranks.py, alone or by torchrun.
+"""The cases of test_ranks.py, a few steps each on a tiny pipeline, one after the other; alone or by torchrun.
 
 On two ranks also: a share of one batch for both, and what becomes of the others when one fails.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from unpaint.config import compose, conf_dir, identity, instantiate
+from unpaint.config import compose, identity, instantiate
 from unpaint.errors import UserError
 from unpaint.files import WEIGHTS
 from unpaint.methods.base import Job
@@ -49,13 +49,12 @@ class Failing(NoErasing):
 
 def main() -> None:
     torch.set_num_threads(1)
-    folder, pipeline, world = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-    for file in sorted((conf_dir() / "method").glob("*.yaml")):
-        method = compose([f"method={file.stem}"]).method
-        options = [f"method.{key}={value}" for key, value in FEW.items() if key in method]
-        options += [f"outputs={folder / file.stem}", f"method={file.stem}", *shared(pipeline, world)]
-        cfg = compose(options)
-        place = folder / file.stem
+    folder, pipeline, world, cases = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
+    for name, chosen in cases.items():
+        keys = compose(chosen[:1]).method
+        options = [*chosen, *(f"method.{key}={value}" for key, value in FEW.items() if key in keys)]
+        place = folder / name
+        cfg = compose([*options, f"outputs={place}", *shared(pipeline, world)])
         place.mkdir(parents=True, exist_ok=True)
         arguments = (load_model(cfg.model), instantiate(cfg.concept), 0, identity(cfg), place / ".cache")
         module = Erasing(instantiate(cfg.method), *arguments)
