@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,9 +214,11 @@ def starts_over(cfg: DictConfig) -> bool:
 
 
 def identity(cfg: DictConfig) -> dict[str, Any]:
-    """What an edit's header holds of the config: resolved model, concept, method and seed; no path and no hub."""
+    """What an edit's header holds of the config: resolved model, concept, method and seed; no path and no hub. Of a
+    folder that a method is given, an aligner's CLIP, say, the name alone."""
     plain = _plain({part: cfg[part] for part in ("model", "concept", "method", "seed")})
     plain["model"] = {key: value for key, value in plain["model"].items() if key not in _NOT_IDENTITY}
+    plain["method"] = _with_paths(plain["method"], lambda path: path.name)
     return plain
 
 
@@ -266,7 +268,17 @@ def _edit_key(cfg: DictConfig) -> dict[str, Any]:
     where = {key: cfg.model.get(key) for key in ("path", "hub")}
     if where["path"]:
         where["path"] = str(Path(str(where["path"])).expanduser().resolve())
-    return identity(cfg) | {"where": where, "version": unpaint.__version__}
+    method = _with_paths(_plain(cfg.method), str)
+    return identity(cfg) | {"method": method, "where": where, "version": unpaint.__version__}
+
+
+def _with_paths(value: Any, told: Callable[[Path], str]) -> Any:
+    """A method's plain config, with what is told of each `path` in it that is on disk; a hub id stays as it is."""
+    if not isinstance(value, dict):
+        return value
+    files = {key: Path(item).expanduser() for key, item in value.items() if key == "path" and isinstance(item, str)}
+    found = {key: told(file.resolve()) for key, file in files.items() if file.exists()}
+    return {key: found.get(key, _with_paths(item, told)) for key, item in value.items()}
 
 
 def _plain(value: Any) -> Any:

@@ -298,3 +298,17 @@ def _paint_bank(
         if progress:
             progress(count)
     return bank
+
+
+def clean_latents(noised: Tensor, noise: Tensor, abar: Tensor) -> Tensor:
+    """x_0 as predicted, (B, C, h, w) float32, of x_t and the predicted noise (B, C, h, w) and abar_t (B,)."""
+    abar = abar.view(-1, 1, 1, 1)
+    return (noised.float() - (1 - abar).sqrt() * noise.float()) / abar.sqrt()
+
+
+def check_clean_latents(model: TextToImage) -> None:
+    """Raises UserError for a model of which `clean_latents` would divide by zero at some noise level."""
+    if not model.alphas_cumprod.min() > 0:
+        raise UserError(
+            f"model '{model.name}' has a noise level of noise alone, from which no clean latents can be told"
+        )

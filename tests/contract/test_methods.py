@@ -157,7 +157,7 @@ def test_latents_of_a_model_in_bfloat16(latents: str, options: list[str], tmp_pa
     [
         *((method, []) for method in METHODS),
         # What is drawn for the mask in a later step, and from a bank, goes on as well.
-        ("trust", ["objective=cip", "mask_every=1", "mask_ema=0.5"]),
+        ("trust", ["objective=cip", "beta=0.01", "mask_every=1", "mask_ema=0.5"]),
         ("trust", ["second_order=finite_difference", "latents=bank", "image=trajectory"]),
         ("esd", ["latents=fresh"]),
     ],

@@ -21,7 +21,13 @@ CASES = {
     "esd-fresh": ["method=esd", "method.latents=fresh"],
     "esd-sequential": ["method=esd", "method.mode=sequential", "concept=pets"],
     "salun-group": ["method=salun", "method.group=all"],
-    "trust-cip": ["method=trust", "method.objective=cip", "method.mask_every=1", "method.mask_ema=0.5"],
+    "trust-cip": [
+        "method=trust",
+        "method.objective=cip",
+        "method.beta=0.01",
+        "method.mask_every=1",
+        "method.mask_ema=0.5",
+    ],
     "trust-finite": ["method=trust", "method.second_order=finite_difference", "method.image=trajectory"],
     "concept_prune-set": ["method=concept_prune", "method.fill=mean", "concept=pets"],
 }

@@ -197,6 +197,19 @@ def test_identity_holds_no_paths() -> None:
     assert "somewhere" not in json.dumps(held)
 
 
+def test_identity_holds_the_name_alone_of_an_aligners_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = tmp_path / "one" / "clip", tmp_path / "other" / "clip"
+    for folder in (one, other):
+        folder.mkdir(parents=True)
+    first, second = (compose(["method=trust", f"method.aligner.path={folder}"]) for folder in (one, other))
+    assert identity(first)["method"]["aligner"]["path"] == "clip"
+    assert identity(first) == identity(second) and edit_id(first) != edit_id(second)
+    monkeypatch.chdir(one.parent)
+    assert edit_id(compose(["method=trust", "method.aligner.path=clip"])) == edit_id(first)
+    hub = compose(["method=trust", "method.aligner.path=openai/clip"])
+    assert identity(hub)["method"]["aligner"]["path"] == "openai/clip"
+
+
 def test_the_run_folder_is_a_function_of_the_config(tmp_path: Path) -> None:
     cfg = compose([f"outputs={tmp_path}", "concept=dog"])
     assert run_folder(cfg) == tmp_path / "picturebook" / "dog" / "esd" / run_id(cfg)

@@ -1,6 +1,6 @@
 """TRUST on the tiny pipeline: its gradients against finite differences, and which weights move."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -250,6 +250,67 @@ def test_a_mask_that_is_empty_is_refused(make: Make) -> None:
     method = make("method.xi=1e6", "method.mask_every=0")
     with pytest.raises(UserError, match=r"method.xi=1e\+06 leaves no concept neurons: of the weights the largest"):
         method.step(0)
+
+
+def test_a_saliency_of_no_numbers_is_refused(make: Make) -> None:
+    method = make()
+    for weight in method.job.weights.values():
+        weight.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="leaves no concept neurons"):
+        method.step(0)
+
+
+def test_a_model_with_a_level_of_noise_alone_has_no_clean_latents(make: Make) -> None:
+    job = make().job
+    job.model.alphas_cumprod[-1] = 0
+    for options in (["method=trust"], ["method=doco"]):
+        with pytest.raises(UserError, match="noise alone"):
+            instantiate(compose(options).method).begin(job)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["method.objective=csr", "method.previous=none"],
+        ["method.objective=csr", "method.previous=none", "method.second_order=finite_difference"],
+        ["method.objective=cip", "method.previous=none"],
+        ["method.objective=csr", "method.beta=0"],
+    ],
+)
+def test_ranks_share_the_batch_and_add_up_to_one(options: list[str], make: Make) -> None:
+    """Two ranks, one after the other: the mean of their gradients is what one process computes alone."""
+
+    def handed_over(mine: slice, known: Sequence[Tensor]) -> tuple[list[Tensor], Tensors]:
+        """What a rank hands to `total` while it gets `known` from there, and its gradients."""
+        method = make(*options, "method.batch_size=4", "method.xi=1.5")
+        handed: list[Tensor] = []
+
+        def total(tensor: Tensor) -> Tensor:
+            handed.append(tensor.clone())
+            return known[len(handed) - 1].clone() if len(handed) <= len(known) else tensor
+
+        object.__setattr__(method.job, "mine", mine)
+        object.__setattr__(method.job, "total", total)
+        object.__setattr__(method.job, "update", lambda loss, i=0, adjust=None: loss.backward())
+        method.world = mine.step or 1
+        method.step(0)
+        return handed, {key: p.grad for key, p in method.job.weights.items() if p.grad is not None}
+
+    alone, whole = handed_over(slice(None), [])
+    known: list[Tensor] = []
+    # What is handed over depends on what came back before: with each round one more total is right.
+    for _ in range(len(alone) + 1):
+        (first, one), (second, other) = (handed_over(slice(rank, None, 2), known) for rank in (0, 1))
+        known = [a + b for a, b in zip(first, second, strict=True)][: len(known) + 1]
+    assert len(known) == len(alone) > 0
+    for key, expected in whole.items():
+        mean = (one[key] + other[key]) / 2
+        torch.testing.assert_close(mean, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_a_beta_of_the_other_objective_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="experiment=trust/cip"):
+        instantiate(compose(["method=trust", "method.objective=cip"]).method)
 
 
 def test_a_concept_with_nothing_to_retain_is_refused_at_once() -> None:

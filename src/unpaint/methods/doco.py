@@ -18,7 +18,7 @@ from torch.optim import Adam, AdamW, Optimizer
 from unpaint.concepts import AnyConcept
 from unpaint.edit import Edit
 from unpaint.errors import UserError, nearest
-from unpaint.latents import Noised, Paintings
+from unpaint.latents import Noised, Paintings, check_clean_latents, clean_latents
 from unpaint.methods.base import Job, checked_mode
 from unpaint.model import GROUPS
 from unpaint.sampling import Sampler
@@ -142,10 +142,7 @@ class DoCo:
         self.job = job
         if self.batch_size % (job.mine.step or 1):
             raise UserError(f"method.batch_size={self.batch_size} does not divide over {job.mine.step} processes")
-        if not job.model.alphas_cumprod.min() > 0:
-            raise UserError(
-                f"model '{job.model.name}' has a noise level of noise alone, from which no clean latents can be told"
-            )
+        check_clean_latents(job.model)
         concept, rng = job.concept, random.Random(job.seed)
         pairs = list(zip(concept.prompts(self.erase_phrases), concept.anchor_prompts(self.erase_phrases), strict=True))
         rng.shuffle(pairs)
@@ -233,12 +230,6 @@ class DoCo:
     def finish(self) -> Edit:
         job = self.job
         return Edit.from_change(job.model.pipe, job.base, method=self.name, concept=job.concept.name, config=job.config)
-
-
-def clean_latents(noised: Tensor, noise: Tensor, abar: Tensor) -> Tensor:
-    """x_0 as predicted, (B, C, h, w) float32, of x_t and the predicted noise (B, C, h, w) and abar_t (B,)."""
-    abar = abar.view(-1, 1, 1, 1)
-    return (noised.float() - (1 - abar).sqrt() * noise.float()) / abar.sqrt()
 
 
 def operate(adversarial: Tensor, prior: Tensor, surgery: str, strength: float = 1.0) -> Tensor:

@@ -19,7 +19,7 @@ from unpaint.concepts import AnyConcept
 from unpaint.curvature import Scalar, Tensors, gradient, gradient_and_curvature
 from unpaint.edit import Edit
 from unpaint.errors import UserError, nearest
-from unpaint.latents import Bank, Noised, Paintings, Underway
+from unpaint.latents import Bank, Noised, Paintings, Underway, check_clean_latents, clean_latents
 from unpaint.methods.base import MODES, Job, checked_mode, erasing_prompts
 from unpaint.saliency import ConceptNeurons
 from unpaint.sampling import Sampler, denoise_on, denoise_to
@@ -150,6 +150,12 @@ class TRUST:
             raise UserError(
                 f"method.latents=student moves {batch_size} of method.bank_size={bank_size} a step: too few"
             )
+        if objective == "cip" and beta > 1:
+            warnings.warn(
+                f"method.objective=cip with method.beta={beta:g} undoes the erasing, as its count is that much larger "
+                "than csr's squares; 0.01 was tuned: experiment=trust/cip",
+                stacklevel=2,
+            )
         if objective != "zero" and previous == "none" and beta == 0:
             raise UserError("method.previous=none and method.beta=0 leave nothing to learn; give one of them")
         self.name = name
@@ -199,6 +205,8 @@ class TRUST:
     def begin(self, job: Job) -> None:
         self.job = job
         self.world = job.mine.step or 1
+        if self.image == "one_step":
+            check_clean_latents(job.model)
         if self.batch_size % self.world:
             raise UserError(f"method.batch_size={self.batch_size} does not divide over {self.world} processes")
         if self.second_order == "finite_difference" and job.model.dtype != torch.float32:
@@ -364,7 +372,8 @@ class TRUST:
                 share, keep = (1 / self.first_estimates, 1.0) if first else (1 - self.mask_ema, self.mask_ema)
                 self.neurons.add(found, share, keep)
                 logs |= self.neurons.choose(first)
-                if first and (highest := self.neurons.highest()) <= self.xi:
+                # Not `<=`: the z-scores of a gradient that overflowed are no numbers.
+                if first and not (highest := self.neurons.highest()) > self.xi:
                     raise UserError(
                         f"method.xi={self.xi:g} leaves no concept neurons: of the {self.granularity}s the largest "
                         f"z-score is {highest:.3g}"
@@ -431,8 +440,7 @@ class TRUST:
             both = torch.cat([empty.expand_as(text), text])
             without, with_text = model.predict(x.repeat(2, 1, 1, 1), t.repeat(2), both, weights).chunk(2)
             noise = without + guidance * (with_text - without)
-        abar = model.alphas_cumprod[t].view(-1, 1, 1, 1)
-        return (x.float() - (1 - abar).sqrt() * noise.float()) / abar.sqrt()
+        return clean_latents(x, noise, model.alphas_cumprod[t])
 
     def _noise(self, batch: Batch) -> Scalar:
         """A scalar of the noise predicted for the concept.
