@@ -212,12 +212,14 @@ def test_the_change_is_in_full_precision_under_autocast(begun: Begun) -> None:
 # --- the edit
 
 
-def test_what_is_decoupled_does_not_move_and_edits_are_separable(begun: Begun, short: str) -> None:
+@pytest.mark.parametrize("decouple", [1, 2])
+def test_what_is_decoupled_does_not_move_and_edits_are_separable(decouple: int, begun: Begun, short: str) -> None:
     cat, dog, fish = concept("cat"), concept("dog"), concept("fish")
-    method, _ = begun(*FEW, short, "method.lr=0.1", "method.basis_scale=1")
+    method, _ = begun(*FEW, short, "method.lr=0.1", "method.basis_scale=1", f"method.decouple={decouple}")
     pipe, base = method.job.model.pipe, method.job.base
-    prompts = ("", "a cat", "a dog", "a fish")
-    before = {prompt: list(keys_and_values(method, prompt)) for prompt in prompts}
+    of_dogs, of_fish = (other.prompts()[:decouple] for other in (dog, fish))
+    assert (of_dogs[0], of_fish[0], len(of_dogs)) == ("a dog", "a fish", decouple)
+    before = {prompt: list(keys_and_values(method, prompt)) for prompt in ("", "a cat", *of_dogs, *of_fish)}
 
     def moved(prompt: str) -> float:
         pairs = zip(keys_and_values(method, prompt), before[prompt], strict=True)
@@ -230,11 +232,11 @@ def test_what_is_decoupled_does_not_move_and_edits_are_separable(begun: Begun, s
 
     of_cat.apply(pipe)
     assert moved("a cat") > 0.05
-    assert max(moved(prompt) for prompt in ("", "a dog", "a fish")) < 1e-5
+    assert max(moved(prompt) for prompt in ("", *of_dogs, *of_fish)) < 1e-5
     alone = {key: weight.detach().clone() for key, weight in method.job.weights.items()}
     of_dog.apply(pipe)
     assert moved("a dog") > 0.05
-    assert max(moved("a fish"), moved("")) < 1e-5
+    assert max(moved(prompt) for prompt in ("", *of_fish)) < 1e-5
     for key, weight in method.job.weights.items():
         assert weight.equal(base[key] + (of_cat.delta[key] + of_dog.delta[key]))
     of_dog.remove(pipe)
