@@ -60,7 +60,8 @@ def test_erase_from_starts_from_what_it_is_erased_from(begun: Begun) -> None:
 
 
 def test_the_students_trajectories_move_on_by_what_it_predicts(begun: Begun) -> None:
-    method, _ = begun("method.latents=student", "method.bank_size=9", "method.batch_size=4", "method.steps=2")
+    options = ["method.bank_size=9", "method.batch_size=4", "method.steps=2", "method.sampling_guidance=3.0"]
+    method, _ = begun("method.latents=student", *options)
     own, model = method.own, method.job.model
     assert own is not None
     with torch.no_grad():
